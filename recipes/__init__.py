@@ -1,0 +1,1 @@
+"""The producers: one module a method. `python -m recipes --list` names them."""

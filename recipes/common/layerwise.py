@@ -1,0 +1,349 @@
+"""The kind of recipe that compresses a causal LM matrix by matrix from calibration statistics.
+
+A recipe of this kind gives `compress` (one matrix) and `baselines`; this class does everything around it: preflight,
+calibration, the streamed loop over blocks, the checkpoint, evaluation of dense, compressed and baselines on held-out
+texts, and the report, card and plots.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import zoo
+from recipes.common import report as reports
+from recipes.common.base_models import BaseModel, check_finite, open_tensors, resolve_model
+from recipes.common.data import calibration_windows, evaluation_windows, load_text
+from recipes.common.evaluation import compare_speed, perplexity, ratio, run_tasks
+from recipes.common.pruners import LayerStats
+from recipes.common.runner import Recipe, cached_json, check_resources, open_state, world
+from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks, select_linears
+from zoo.checkpoint import write_checkpoint
+from zoo.errors import UserError
+
+EVALUATION_TEXTS = ("A", "B", "C")
+BATCH = 4  # calibration windows that run through a block together
+
+
+@dataclass
+class LayerwiseRecipe(Recipe):
+    """Flags shared by recipes that compress a causal LM matrix by matrix."""
+
+    calibration: str = field(
+        default="wikipedia", metadata={"help": "calibration text: wikipedia, a .txt/.jsonl file, or a Hub dataset id"}
+    )
+    calibration_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    calibration_split: str = field(default="train", metadata={"help": "split of a Hub dataset"})
+    calibration_column: str = field(default="text", metadata={"help": "text column of a Hub dataset or .jsonl file"})
+    nsamples: int = field(default=64, metadata={"help": "calibration windows"})
+    seqlen: int = field(default=512, metadata={"help": "tokens per calibration window"})
+    include: str = field(default="", metadata={"help": "compress only linears whose name matches this regex"})
+    ignore: list[str] = field(
+        default_factory=lambda: ["lm_head"], metadata={"help": "leave linears alone whose name contains one of these"}
+    )
+    sequential: bool = field(
+        default=False,
+        metadata={"help": "calibrate each block on the model compressed so far, with the dense outputs as target"},
+    )
+    dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "dtype of the checkpoint", "choices": ["bfloat16", "float16", "float32"]},
+    )
+    workers: int = field(default=0, metadata={"help": "matrices compressed side by side; 0 = one per torch thread"})
+    baselines: list[str] = field(
+        default_factory=list, metadata={"help": "baselines to run beside it; 'none' for none (default: all)"}
+    )
+    eval_windows: int = field(default=20, metadata={"help": "held-out windows of each of the texts A, B and C"})
+    eval_seqlen: int = field(default=512, metadata={"help": "tokens per held-out window"})
+    tasks: list[str] = field(
+        default_factory=lambda: ["step_inference", "similarities_abstraction"],
+        metadata={"help": "lm-eval tasks: the local ones, or any task name when a hub is reachable; 'none' for none"},
+    )
+    task_limit: int = field(default=100, metadata={"help": "items per task"})
+
+    # ------------------------------------------------------------------------------------ what a recipe of this kind gives
+
+    def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
+        """Raises UserError when a matrix cannot be compressed."""
+
+    def compress(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+        """One matrix (d_out, d_in) fp32 -> {variant: result}; the recipe's own variant is called `self.method`."""
+        raise UserError(f"{self.name} compresses nothing.")
+
+    def baseline_methods(self) -> list[Method]:
+        """The rivals, in the order of the report."""
+        return []
+
+    def module_config(self, d_out: int, d_in: int) -> dict:
+        """What config.json says of one packed module."""
+        return {}
+
+    def compression_config(self) -> dict:
+        """The method's own part of `compression_config`."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------------------- the whole run
+
+    def run(self) -> Path:
+        started = time.perf_counter()
+        processes = world(self.device)
+        base = resolve_model(self.model, self.revision)
+        streamed = StreamedModel(base.path, self.device)
+        modules = self.modules(streamed)
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        text = load_text(
+            self.calibration,
+            config=self.calibration_config,
+            split=self.calibration_split,
+            column=self.calibration_column,
+        )
+        tokens = {
+            seed: calibration_windows(text, tokenizer, self.nsamples, self.seqlen, seed)
+            for seed in range(self.seed, self.seed + self.seeds)
+        }
+        methods = self.methods()
+        if processes.rank == 0:
+            check_resources(*self.needs(streamed, modules, methods), self.output_path.absolute())
+            check_finite(base.path)
+            state = open_state(self)
+        processes.barrier()
+        state = self.state_path
+        for seed, windows in tokens.items():
+            self.seed = seed
+            compress_blocks(
+                streamed,
+                windows,
+                methods,
+                MatrixStore(state / f"seed-{seed}"),
+                include=self.include,
+                ignore=self.ignore,
+                batch=BATCH,
+                workers=self.workers or torch.get_num_threads(),
+                rank=processes.rank,
+                world=processes.size,
+                barrier=processes.barrier,
+            )
+        self.seed = min(tokens)
+        if processes.rank != 0:
+            return self.output_path
+        return self.finish(base, tokenizer, text, modules, methods, state, started)
+
+    def modules(self, streamed: StreamedModel) -> dict[str, nn.Linear]:
+        """The linears to compress, checked one by one (shapes only: they are on the meta device)."""
+        modules = {}
+        for index in range(len(streamed)):
+            modules |= select_linears(streamed, index, self.include, self.ignore)
+        if not modules:
+            raise UserError(f"--include {self.include!r}: no linear layer of the model is selected.")
+        for name, module in modules.items():
+            self.check_matrix(name, module.out_features, module.in_features)
+        return modules
+
+    def methods(self) -> list[Method]:
+        """The recipe's own method first, then the chosen baselines."""
+        own = Method(
+            self.method,
+            self.compress,
+            inputs="compressed" if self.sequential else "dense",
+            match_dense=self.sequential,
+            packed=(self.method,),
+        )
+        rivals = {method.name: method for method in self.baseline_methods() if method.name != self.method}
+        chosen = self.baselines or list(rivals)
+        unknown = [name for name in chosen if name not in rivals and name != "none"]
+        if unknown:
+            raise UserError(f"--baselines {unknown[0]}: one of {', '.join(rivals)} or none is needed.")
+        return [own] + [rivals[name] for name in chosen if name != "none"]
+
+    def needs(self, streamed: StreamedModel, modules: dict[str, nn.Linear], methods: list[Method]) -> tuple:
+        """(bytes of memory, bytes of disk, minutes) of the run, from shapes and a quick measurement of this machine."""
+        config = streamed.config.get_text_config()
+        tokens = self.nsamples * self.seqlen
+        streams = 2 + sum(method.inputs == "compressed" for method in methods)
+        hidden = 4 * tokens * config.hidden_size * streams
+        sizes = [(module.out_features, module.in_features) for module in modules.values()]
+        per_block = len(sizes) // len(streamed)
+        block = sum(4 * d_out * d_in for d_out, d_in in sizes[:per_block])
+        hessians = sum(8 * d_in * d_in for d_in in {d_in for _, d_in in sizes})
+        largest = max(d_out * d_in for d_out, d_in in sizes)
+        workers = self.workers or torch.get_num_threads()
+        embedding = 4 * config.vocab_size * config.hidden_size
+        ram = hidden + 3 * block + 3 * hessians + 14 * 4 * largest * workers + embedding + 2**30
+        weights = sum(d_out * d_in for d_out, d_in in sizes)
+        disk = 2 * weights * self.seeds * (len(methods) + 2) + 2 * embedding
+        a = torch.rand(1024, 1024)
+        a @ a
+        begin = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        flops = 4 * 2 * 1024**3 / (time.perf_counter() - begin)
+        forward = 2 * weights * tokens
+        squares = sum(2 * d_in * d_in * tokens for d_in in {d for _, d in sizes[:per_block]}) * len(streamed)
+        work = streams * (2 * forward + squares) + self.method_flops(weights)
+        evaluation = 2 * (weights + embedding / 4) * self.eval_windows * self.eval_seqlen * 3 * (len(methods) + 2)
+        return ram, disk, self.seeds * 2 * (work + evaluation) / flops / 60
+
+    def method_flops(self, weights: int) -> float:
+        """Floating-point operations of the method itself on `weights` weights."""
+        return 0.0
+
+    def finish(self, base: BaseModel, tokenizer, text, modules, methods, state: Path, started: float) -> Path:
+        """Checkpoints, evaluation, report, card; then the output appears."""
+        seeds = range(self.seed, self.seed + self.seeds)
+        for seed in seeds:
+            folder = state / f"checkpoint-{seed}"
+            if not folder.exists():
+                store = MatrixStore(state / f"seed-{seed}")
+                write_checkpoint(
+                    folder,
+                    base=base.path,
+                    compression=self.full_compression_config(modules, store, text),
+                    tensors=self.packed_tensors(modules, store),
+                    dtype=getattr(torch, self.dtype),
+                    extra_files={"recipe.yaml": yaml.safe_dump(self.settings(), sort_keys=False)},
+                )
+        texts = {name: load_text(name) for name in EVALUATION_TEXTS}
+        windows = {
+            name: evaluation_windows(t, tokenizer, self.eval_seqlen, self.eval_windows) for name, t in texts.items()
+        }
+        tasks = [] if self.tasks == ["none"] else self.tasks
+
+        def measure(load, key: str) -> dict:
+            return cached_json(state / "measured" / f"{key}.json", lambda: measure_model(load(), tokenizer, windows, tasks, self.task_limit))
+
+        dense = measure(partial(load_dense, base.path), "dense")
+        compressed = [measure(partial(load_packed, state / f"checkpoint-{seed}"), f"{self.method}-{seed}") for seed in seeds]
+        baselines: dict[str, list[dict]] = {}
+        for method in methods:
+            for variant in self.variants(method, modules, state, seeds[0]):
+                if (method.name, variant) == (self.method, self.method):
+                    continue
+                baselines[variant] = [
+                    measure(
+                        partial(load_variant, base.path, MatrixStore(state / f"seed-{seed}"), method.name, variant, modules),
+                        f"{variant}-{seed}",
+                    )
+                    for seed in seeds
+                ]
+        folder = state / f"checkpoint-{seeds[0]}"
+        speed = cached_json(state / "measured" / "speed.json", partial(measure_speed, base.path, folder, tokenizer))
+        report = reports.build(
+            recipe=self,
+            base=base,
+            calibration=text,
+            texts=texts,
+            dense=dense,
+            compressed=compressed,
+            baselines=baselines,
+            speed=speed,
+            folder=folder,
+            layers=self.layer_rows(modules, MatrixStore(state / f"seed-{seeds[0]}")),
+            seconds=time.perf_counter() - started,
+            seeds=list(seeds),
+        )
+        reports.write(report, folder)
+        print(reports.render_table(report))
+        output = self.output_path
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+        shutil.rmtree(state)
+        return output
+
+    def packed_tensors(self, modules: dict[str, nn.Linear], store: MatrixStore) -> Iterator[tuple[str, Tensor]]:
+        for name in modules:
+            for key, tensor in store.tensors(self.method, name, self.method).items():
+                yield f"{name}.{key}", tensor
+
+    def full_compression_config(self, modules: dict[str, nn.Linear], store: MatrixStore, text) -> dict:
+        """`compression_config` of config.json."""
+        facts = {name: store.facts(self.method, name)[self.method] for name in modules}
+        return {
+            "method": self.method,
+            "format_version": 1,
+            **self.compression_config(),
+            "calibration": {
+                "name": text.name,
+                "version": text.version,
+                "sha256": text.sha256,
+                "nsamples": self.nsamples,
+                "seqlen": self.seqlen,
+                "seed": self.seed,
+            },
+            "ignore": self.ignore,
+            "proxy_loss": {
+                name: [fact["loss_init"], fact["loss_final"]]
+                for name, fact in facts.items()
+                if fact["loss_init"] is not None
+            },
+            "modules": {
+                name: self.module_config(module.out_features, module.in_features) for name, module in modules.items()
+            },
+        }
+
+    def variants(self, method: Method, modules: dict[str, nn.Linear], state: Path, seed: int) -> list[str]:
+        """The variants that a method stored."""
+        return list(MatrixStore(state / f"seed-{seed}").facts(method.name, next(iter(modules))))
+
+    def layer_rows(self, modules: dict[str, nn.Linear], store: MatrixStore) -> list[dict]:
+        """`layers` of the report: what was packed, and how its loss fell."""
+        rows = []
+        for name, module in modules.items():
+            fact = store.facts(self.method, name)[self.method]
+            shape = {"d_out": module.out_features, "d_in": module.in_features}
+            config = self.module_config(**shape)
+            rows.append(
+                {"name": name, **config, **shape}
+                | {key: fact[key] for key in ("loss_init", "loss_final", "output_error")}
+            )
+        return rows
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def load_dense(path: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def load_packed(path: Path) -> nn.Module:
+    return zoo.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def load_variant(base: Path, store: MatrixStore, method: str, variant: str, modules: dict) -> nn.Module:
+    """The dense model with the weights of one stored variant."""
+    model = load_dense(base)
+    for name in modules:
+        model.get_submodule(name).weight.data.copy_(store.weight(method, name, variant))
+    return model
+
+
+def measure_model(model: nn.Module, tokenizer, windows: dict[str, Tensor], tasks: list[str], limit: int) -> dict:
+    """Perplexity on every held-out text, and the tasks."""
+    model.eval()
+    metrics = {f"perplexity/{name}": perplexity(model, tokens) for name, tokens in windows.items()}
+    return metrics | (run_tasks(model, tokenizer, tasks, limit) if tasks else {})
+
+
+def measure_speed(base: Path, packed: Path, tokenizer) -> dict:
+    """Decode and prefill speed of the checkpoint against dense bf16 and fp32, interleaved in this process."""
+    models = {
+        "packed": AutoModelForCausalLM.from_pretrained(packed),
+        "dense_bf16": AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16),
+        "dense_fp32": AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+    }
+    raw = compare_speed(models, prompt_tokens=512, new_tokens=32, repeats=3)
+    speed = {"decode": {}, "prefill": {}}
+    for rival in ("dense_bf16", "dense_fp32"):
+        speed["decode"][f"ratio_to_{rival}"] = ratio(raw["packed"]["decode_tokens_per_s"], raw[rival]["decode_tokens_per_s"])
+        speed["prefill"][f"ratio_to_{rival}"] = ratio(raw[rival]["prefill_seconds"], raw["packed"]["prefill_seconds"])
+    return speed

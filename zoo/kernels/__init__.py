@@ -1,0 +1,1 @@
+"""The operations that run compressed weights: one folder each, reference + C++ + Triton."""

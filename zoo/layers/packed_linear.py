@@ -1,0 +1,137 @@
+"""What every packed layer shares: it takes the place of an nn.Linear and computes a dense weight only on request."""
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..errors import UserError
+
+
+class DenseView(torch.Tensor):
+    """The dense weight of a packed layer, (out_features, in_features): shape, dtype and device are free, the numbers
+    are computed by the operation that reads them, and writing is refused because nothing would keep what is written.
+
+    Adapters (peft) look at `layer.weight` of every linear layer for its device and dtype; a real tensor would be
+    decompressed for each look, and `weight.data += update` (peft's merge) would be lost without a word.
+    """
+
+    @staticmethod
+    def __new__(cls, layer):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (layer.out_features, layer.in_features), dtype=layer.dtype, device=layer.device
+        )
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            _refuse_write()
+        args, kwargs = tree_map(lambda x: x.layer.dense_weight() if isinstance(x, cls) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @property
+    def data(self):
+        return self.layer.dense_weight()
+
+    @data.setter
+    def data(self, value):
+        _refuse_write()
+
+    def __repr__(self):
+        return f"DenseView({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+def _refuse_write():
+    raise UserError(
+        "the weight of a packed layer cannot be changed, so an adapter cannot be merged into it: keep the adapter "
+        "unmerged, or export the checkpoint dense first"
+    )
+
+
+class PackedLinear(nn.Linear):
+    """Base of the layers that hold packed weights; an nn.Linear to whoever asks (peft does), without its weight.
+
+    Tensors are frozen parameters rather than buffers: so device maps may offload them and `dtype=` casts the floats,
+    while uint8 masks keep their type. Subclasses set `values_name` (the tensor of kept weights) and define
+    `forward(x: (..., in_features)) -> (..., out_features)`, `dense_weight() -> (out_features, in_features)`,
+    `reset_parameters()` (a valid packing of the zero matrix) and `validate(name)`, which raises UserError.
+    """
+
+    values_name: str
+
+    def __init__(self, in_features: int, out_features: int):
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def add_tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> None:
+        """Register a frozen, uninitialised tensor."""
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(self, self.values_name).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self, self.values_name).device
+
+    @property
+    def weight(self) -> DenseView:
+        return DenseView(self)
+
+    def check_finite(self, name: str) -> None:
+        """Raise UserError if a floating-point tensor of this layer holds NaN or Inf; `name` is the module's name."""
+        for key, tensor in self.named_parameters(recurse=False):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise UserError(f"{name}.{key} holds NaN or Inf; {REBUILD}.")
+
+
+REBUILD = "the file is damaged, download or build the checkpoint again"
+
+
+def check_pattern(in_features: int, pattern: tuple[int, int]) -> tuple[int, int]:
+    """Return the N:M pattern as a tuple of ints; raise UserError unless 0 < N < M and M divides in_features."""
+    n, m = pattern
+    if not 0 < n < m or in_features % m:
+        raise UserError(f"pattern {n}:{m} is impossible for {in_features} inputs: N < M and M dividing them is needed.")
+    return n, m
+
+
+def valid_mask(out_features: int, in_features: int, pattern: tuple[int, int], device) -> torch.Tensor:
+    """The mask, uint8 (out_features, ceil(in_features/8)), that keeps the first N of every M columns."""
+    n, m = pattern
+    bits = torch.arange(in_features, device=device) % m < n
+    bits = torch.nn.functional.pad(bits.to(torch.uint8), (0, -in_features % 8)).view(-1, 8)
+    row = (bits << torch.arange(8, dtype=torch.uint8, device=device)).sum(1, dtype=torch.uint8)
+    return row.repeat(out_features, 1)
+
+
+def check_mask(name: str, mask: torch.Tensor, in_features: int, counts: tuple[int, int] | torch.Tensor) -> None:
+    """Raise UserError naming the tensor and the place if a mask does not say what its layer needs.
+
+    mask: uint8 (d_out, ceil(in_features/8)), bit j of byte k = column 8k+j. counts: (N, M), so that every group of M
+    columns keeps N, or int64 (d_out,), the number kept in each row. Padding bits must be 0.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    step = max(1, 2**24 // max(1, 8 * mask.shape[1]))  # rows at a time: 16 MB of unpacked bits
+    for start in range(0, mask.shape[0], step):
+        bits = (mask[start : start + step].unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)
+        if bits[:, in_features:].any():
+            raise UserError(f"{name} has bits set beyond column {in_features - 1}; {REBUILD}.")
+        bits = bits[:, :in_features]
+        if isinstance(counts, torch.Tensor):
+            group, wanted = in_features, counts[start : start + step].unsqueeze(1)
+        else:
+            wanted, group = counts
+        kept = bits.reshape(bits.shape[0], -1, group).sum(-1)
+        if (kept != wanted).any():
+            row, column = (kept != wanted).nonzero()[0].tolist()
+            wanted = wanted if isinstance(wanted, int) else int(wanted[row])
+            raise UserError(
+                f"{name} keeps {int(kept[row, column])} weights where {wanted} of {group} are needed "
+                f"(row {start + row}, from column {column * group}); {REBUILD}."
+            )

@@ -1,0 +1,1 @@
+"""transformers classes of compressed checkpoints, one file a family."""
