@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,9 @@ import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import zoo
 from recipes.common import report as reports
-from recipes.common.base_models import BaseModel, check_finite, open_tensors, resolve_model
-from recipes.common.data import calibration_windows, evaluation_windows, load_text
+from recipes.common.base_models import BaseModel, check_finite, resolve_model
+from recipes.common.data import Text, calibration_windows, evaluation_windows, load_text
 from recipes.common.evaluation import compare_speed, perplexity, ratio, run_tasks
 from recipes.common.pruners import LayerStats
 from recipes.common.runner import Recipe, cached_json, check_resources, open_state, world
@@ -62,15 +61,15 @@ class LayerwiseRecipe(Recipe):
     baselines: list[str] = field(
         default_factory=list, metadata={"help": "baselines to run beside it; 'none' for none (default: all)"}
     )
-    eval_windows: int = field(default=20, metadata={"help": "held-out windows of each of the texts A, B and C"})
+    eval_windows: int = field(default=12, metadata={"help": "held-out windows of each of the texts A, B and C"})
     eval_seqlen: int = field(default=512, metadata={"help": "tokens per held-out window"})
     tasks: list[str] = field(
-        default_factory=lambda: ["step_inference", "similarities_abstraction"],
+        default_factory=lambda: ["step_inference"],
         metadata={"help": "lm-eval tasks: the local ones, or any task name when a hub is reachable; 'none' for none"},
     )
     task_limit: int = field(default=100, metadata={"help": "items per task"})
 
-    # ------------------------------------------------------------------------------------ what a recipe of this kind gives
+    # ---------------------------------------------------------------------- what a recipe of this kind gives
 
     def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
         """Raises UserError when a matrix cannot be compressed."""
@@ -91,7 +90,7 @@ class LayerwiseRecipe(Recipe):
         """The method's own part of `compression_config`."""
         return {}
 
-    # ------------------------------------------------------------------------------------------------------- the whole run
+    # ------------------------------------------------------------------------------------------ the whole run
 
     def run(self) -> Path:
         started = time.perf_counter()
@@ -212,30 +211,30 @@ class LayerwiseRecipe(Recipe):
                     extra_files={"recipe.yaml": yaml.safe_dump(self.settings(), sort_keys=False)},
                 )
         texts = {name: load_text(name) for name in EVALUATION_TEXTS}
-        windows = {
-            name: evaluation_windows(t, tokenizer, self.eval_seqlen, self.eval_windows) for name, t in texts.items()
-        }
-        tasks = [] if self.tasks == ["none"] else self.tasks
+        settings = self.settings()
 
-        def measure(load, key: str) -> dict:
-            return cached_json(state / "measured" / f"{key}.json", lambda: measure_model(load(), tokenizer, windows, tasks, self.task_limit))
+        def measure(load: Callable[[], nn.Module], key: str) -> dict:
+            print(f"measuring {key}")
+            return cached_json(
+                state / "measured" / f"{key}.json", lambda: measure_model(load(), tokenizer, texts, settings)
+            )
 
-        dense = measure(partial(load_dense, base.path), "dense")
-        compressed = [measure(partial(load_packed, state / f"checkpoint-{seed}"), f"{self.method}-{seed}") for seed in seeds]
+        dense = measure(partial(load_fp32, base.path), "dense")
+        compressed = [
+            measure(partial(load_fp32, state / f"checkpoint-{seed}"), f"{self.method}-{seed}") for seed in seeds
+        ]
         baselines: dict[str, list[dict]] = {}
         for method in methods:
             for variant in self.variants(method, modules, state, seeds[0]):
                 if (method.name, variant) == (self.method, self.method):
                     continue
+                stores = {seed: MatrixStore(state / f"seed-{seed}") for seed in seeds}
                 baselines[variant] = [
-                    measure(
-                        partial(load_variant, base.path, MatrixStore(state / f"seed-{seed}"), method.name, variant, modules),
-                        f"{variant}-{seed}",
-                    )
-                    for seed in seeds
+                    measure(partial(load_variant, base.path, store, method.name, variant, modules), f"{variant}-{seed}")
+                    for seed, store in stores.items()
                 ]
         folder = state / f"checkpoint-{seeds[0]}"
-        speed = cached_json(state / "measured" / "speed.json", partial(measure_speed, base.path, folder, tokenizer))
+        speed = cached_json(state / "measured" / "speed.json", partial(measure_speed, base.path, folder))
         report = reports.build(
             recipe=self,
             base=base,
@@ -253,10 +252,18 @@ class LayerwiseRecipe(Recipe):
         reports.write(report, folder)
         print(reports.render_table(report))
         output = self.output_path
+        if self.export:
+            from recipes.common.tools import export_as
+        for kind in self.export:
+            export_as(folder, output.with_name(f"{output.name}-{kind}" + (".gguf" if "gguf" in kind else "")), kind)
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
         shutil.rmtree(state)
+        if self.push_to_hub:
+            from zoo.hub import publish
+
+            print(publish(output, self.push_to_hub))
         return output
 
     def packed_tensors(self, modules: dict[str, nn.Linear], store: MatrixStore) -> Iterator[tuple[str, Tensor]]:
@@ -311,30 +318,37 @@ class LayerwiseRecipe(Recipe):
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def load_dense(path: Path) -> nn.Module:
+def load_fp32(path: Path) -> nn.Module:
+    """A model folder, packed or not, in fp32: what is measured is the weights, not the rounding of activations."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def load_packed(path: Path) -> nn.Module:
-    return zoo.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def load_variant(base: Path, store: MatrixStore, method: str, variant: str, modules: dict) -> nn.Module:
     """The dense model with the weights of one stored variant."""
-    model = load_dense(base)
+    model = load_fp32(base)
     for name in modules:
         model.get_submodule(name).weight.data.copy_(store.weight(method, name, variant))
     return model
 
 
-def measure_model(model: nn.Module, tokenizer, windows: dict[str, Tensor], tasks: list[str], limit: int) -> dict:
-    """Perplexity on every held-out text, and the tasks."""
-    model.eval()
-    metrics = {f"perplexity/{name}": perplexity(model, tokens) for name, tokens in windows.items()}
-    return metrics | (run_tasks(model, tokenizer, tasks, limit) if tasks else {})
+def measure_model(model: nn.Module, tokenizer, texts: dict[str, Text], settings: dict) -> dict[str, dict]:
+    """The metrics that a report claims: perplexity on every held-out text, and the tasks of the settings."""
+    metrics = {}
+    for name, text in texts.items():
+        windows = evaluation_windows(text, tokenizer, settings["eval_seqlen"], settings["eval_windows"])
+        metrics[f"perplexity/{name}"] = perplexity(model, windows, batch_size=BATCH)
+    if settings["tasks"] != ["none"]:
+        metrics |= run_tasks(model, tokenizer, settings["tasks"], settings["task_limit"])
+    return metrics
 
 
-def measure_speed(base: Path, packed: Path, tokenizer) -> dict:
+def remeasure(folder: Path, report: dict) -> dict[str, dict]:
+    """Measures a finished checkpoint again as its report says it was measured: what `verify` compares with."""
+    texts = {name: load_text(name) for name in EVALUATION_TEXTS}
+    return measure_model(load_fp32(folder), AutoTokenizer.from_pretrained(folder), texts, report["config"])
+
+
+def measure_speed(base: Path, packed: Path) -> dict[str, dict[str, dict]]:
     """Decode and prefill speed of the checkpoint against dense bf16 and fp32, interleaved in this process."""
     models = {
         "packed": AutoModelForCausalLM.from_pretrained(packed),
@@ -344,6 +358,7 @@ def measure_speed(base: Path, packed: Path, tokenizer) -> dict:
     raw = compare_speed(models, prompt_tokens=512, new_tokens=32, repeats=3)
     speed = {"decode": {}, "prefill": {}}
     for rival in ("dense_bf16", "dense_fp32"):
-        speed["decode"][f"ratio_to_{rival}"] = ratio(raw["packed"]["decode_tokens_per_s"], raw[rival]["decode_tokens_per_s"])
-        speed["prefill"][f"ratio_to_{rival}"] = ratio(raw[rival]["prefill_seconds"], raw["packed"]["prefill_seconds"])
+        own, other = raw["packed"], raw[rival]
+        speed["decode"][f"ratio_to_{rival}"] = ratio(own["decode_tokens_per_s"], other["decode_tokens_per_s"])
+        speed["prefill"][f"ratio_to_{rival}"] = ratio(other["prefill_seconds"], own["prefill_seconds"])
     return speed

@@ -23,7 +23,7 @@ class BitmaskLinear(PackedLinear):
 
     values_name = "values"
 
-    def __init__(self, in_features, out_features, bias=True, pattern=(2, 4), nnz=None, dtype=None, device=None):
+    def __init__(self, in_features, out_features, bias=True, pattern=None, nnz=None, dtype=None, device=None):
         super().__init__(in_features, out_features)
         if (pattern is None) == (nnz is None):
             raise UserError(f"pattern {pattern} and nnz {nnz}: exactly one of them is needed.")
@@ -58,7 +58,7 @@ class BitmaskLinear(PackedLinear):
             self.mask.copy_((2**free - 1).to(torch.uint8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return bitmask_linear(x, self.values, self.mask, self.bias, self.row_offsets)
+        return bitmask_linear(x.to(self.dtype), self.values, self.mask, self.bias, self.row_offsets)
 
     def dense_weight(self) -> torch.Tensor:
         """W, (out_features, in_features), in the dtype of `values`."""

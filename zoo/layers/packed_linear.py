@@ -55,8 +55,9 @@ class PackedLinear(nn.Linear):
 
     Tensors are frozen parameters rather than buffers: so device maps may offload them and `dtype=` casts the floats,
     while uint8 masks keep their type. Subclasses set `values_name` (the tensor of kept weights) and define
-    `forward(x: (..., in_features)) -> (..., out_features)`, `dense_weight() -> (out_features, in_features)`,
-    `reset_parameters()` (a valid packing of the zero matrix) and `validate(name)`, which raises UserError.
+    `forward(x: (..., in_features)) -> (..., out_features)`, which casts x to `dtype` (autocast hands over others),
+    `dense_weight() -> (out_features, in_features)`, `reset_parameters()` (a valid packing of the zero matrix) and
+    `validate(name)`, which raises UserError.
     """
 
     values_name: str
@@ -65,6 +66,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features = in_features
         self.out_features = out_features
+        self._is_hf_initialized = True  # transformers initialises linears at random while loading: not this one
 
     def add_tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> None:
         """Register a frozen, uninitialised tensor."""
@@ -86,7 +88,9 @@ class PackedLinear(nn.Linear):
     def check_finite(self, name: str) -> None:
         """Raise UserError if a floating-point tensor of this layer holds NaN or Inf; `name` is the module's name."""
         for key, tensor in self.named_parameters(recurse=False):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # both propagate NaN; one pass, no temporaries
                 raise UserError(f"{name}.{key} holds NaN or Inf; {REBUILD}.")
 
 
@@ -117,6 +121,11 @@ def check_mask(name: str, mask: torch.Tensor, in_features: int, counts: tuple[in
     columns keeps N, or int64 (d_out,), the number kept in each row. Padding bits must be 0.
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    if isinstance(counts, tuple) and 8 % counts[1] == 0 and in_features % 8 == 0:  # whole groups in a byte: look it up
+        every_byte = torch.arange(256, device=mask.device).to(torch.uint8)
+        kept = (every_byte.unsqueeze(-1) >> shifts).bitwise_and_(1).view(256, -1, counts[1]).sum(-1)
+        if (kept == counts[0]).all(-1)[mask.int()].all():
+            return
     step = max(1, 2**24 // max(1, 8 * mask.shape[1]))  # rows at a time: 16 MB of unpacked bits
     for start in range(0, mask.shape[0], step):
         bits = (mask[start : start + step].unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)

@@ -1,0 +1,143 @@
+"""The plots of a report and of the leaderboard: drawn from reports only, PNG, readable without colour."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from matplotlib.figure import Figure  # not pyplot: no display, no global state
+from matplotlib.ticker import MaxNLocator
+
+from zoo.card import layer_types, method_name, metric_title
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MARKERS = "osD^vPX*"
+INK = "#555555"
+WIDTH = 7.2  # inches
+
+
+def draw(report: dict, folder: Path) -> list[Path]:
+    """Draws what the card of `report` links, into folder/plots; returns the files."""
+    plots = Path(folder) / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    drawn = [quality_size(report, plots / "quality_size.png")]
+    if layer_types(report):
+        drawn.append(proxy_loss(report, plots / "proxy_loss.png"))
+    return drawn
+
+
+def proxy_loss(report: dict, path: Path) -> Path:
+    """Loss of every matrix before and after, one panel a matrix type, over depth."""
+    types = layer_types(report)
+    columns = min(4, len(types))
+    rows = math.ceil(len(types) / columns)
+    figure = Figure(figsize=(WIDTH, 1.2 + 1.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, (name, layers) in zip(axes.flat, types.items(), strict=False):
+        depth = [layer_index(row["name"], place) for place, row in enumerate(layers)]
+        for key, label, marker, style in (
+            ("loss_init", "start", "s", "--"),
+            ("loss_final", "end", "o", "-"),
+        ):
+            losses = [row[key] for row in layers]
+            colour = COLOURS[key == "loss_init"]
+            axis.plot(depth, losses, style, marker=marker, markersize=3, linewidth=1, color=colour, label=label)
+        axis.set_title(name, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        plain(axis)
+    if all(row["loss_final"] > 0 for layers in types.values() for row in layers):
+        axes.flat[0].set_yscale("log")
+    for place in range(len(types), axes.size):  # the panel above an empty place shows the block numbers
+        axes.flat[place].axis("off")
+        axes.flat[place - columns].tick_params(labelbottom=True)
+    figure.supxlabel("block", fontsize=9)
+    figure.supylabel("proxy loss", fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def quality_size(report: dict, path: Path) -> Path:
+    """Each perplexity (or, without any, each metric) against the bytes of the weights, for every model measured.
+
+    Baselines whose size the report does not give are lines across.
+    """
+    keys = [key for key, m in report["compressed"].items() if m["unit"] == "ppl"] or list(report["compressed"])[:3]
+    size = report["size"]
+    bytes_of = {"dense": size["dense_bytes"], method_name(report): size["compressed_bytes"]} | size.get("baselines", {})
+    models = {"dense": report["dense"], method_name(report): report["compressed"], **report["baselines"]}
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(keys), squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=True):
+        for place, (name, metrics) in enumerate(models.items()):
+            colour, metric = COLOURS[place % len(COLOURS)], metrics[key]
+            if name in bytes_of:
+                marker = MARKERS[place % len(MARKERS)]
+                spread = metric["spread"] if metric["n_of"] == "seeds" else None
+                axis.errorbar(bytes_of[name] / 1e6, metric["value"], spread, fmt=marker, color=colour, label=name)
+            else:
+                style = ("--", ":", "-.")[place % 3]
+                axis.axhline(metric["value"], linestyle=style, linewidth=1, color=colour, label=name)
+        values = [metrics[key]["value"] for metrics in models.values()]
+        if min(values) > 0 and max(values) > 5 * min(values):
+            axis.set_yscale("log")
+        axis.set_title(metric_title(key), fontsize=9)
+        axis.set_xlim(0, 1.06 * max(bytes_of.values()) / 1e6)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        plain(axis)
+    figure.supxlabel("weights, MB", fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return save(figure, path)
+
+
+def leaderboard(rows: list[dict], path: Path, fingerprint: str) -> Path:
+    """Quality kept against size kept, a point for each checkpoint of the zoo and one for dense.
+
+    rows: [{"name", "size": fraction of the dense bytes, "quality": fraction of the dense quality}].
+    fingerprint: kept in the file, so that an old plot can be told (`read_fingerprint`).
+    """
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(1, 1, "k*", markersize=10, label="dense")
+    for place, row in enumerate(rows):
+        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+        axis.plot(row["size"], row["quality"], linestyle="", markersize=8, label=row["name"], **style)
+    axis.axhline(1, color=INK, linewidth=0.5)
+    axis.set_xlim(0, max([1.05, *(1.05 * row["size"] for row in rows)]))
+    axis.set_xlabel("size of the weights, as a fraction of dense")
+    axis.set_ylabel("quality, as a fraction of dense")
+    plain(axis)
+    axis.legend(frameon=False, fontsize=8)
+    return save(figure, path, {"Description": fingerprint})
+
+
+def read_fingerprint(path: Path) -> str | None:
+    """The fingerprint of a leaderboard plot; None without one."""
+    from PIL import Image  # matplotlib needs it too
+
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Description")
+
+
+def layer_index(name: str, default: int) -> int:
+    """12 for 'model.layers.12.mlp.up_proj'; `default` for a name without a number."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else default
+
+
+def plain(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", linewidth=0.4, color="#DDDDDD")
+    axis.tick_params(labelsize=8, color=INK)
+
+
+def save(figure, path: Path, metadata: dict | None = None) -> Path:
+    """Writes the PNG whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    figure.savefig(partial, format="png", dpi=130, metadata=metadata)
+    partial.replace(path)
+    return path

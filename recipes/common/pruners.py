@@ -1,0 +1,145 @@
+"""One-shot pruners of a single weight matrix from the statistics of its inputs: baselines, and parts of methods.
+
+All take W (d_out, d_in) fp32 and return the pruned dense weight; N:M patterns run along the input dimension.
+Sources: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774), NoWag (arXiv 2504.14569).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.errors import UserError
+
+DAMPING = 0.01  # of the mean diagonal of H
+LAZY_CHUNK = 128  # columns whose updates SparseGPT gathers before it touches the rest
+EPS = 1e-5  # NoWag's guard of the norms
+
+
+@dataclass
+class LayerStats:
+    """Second moments of a linear layer's inputs: hessian (d_in, d_in) = mean x x^T, or None; second_moment (d_in,)."""
+
+    hessian: Tensor | None
+    second_moment: Tensor
+    tokens: int
+
+
+class StatsAccumulator:
+    """Running sums of x x^T (or of x^2 only) over batches, in fp32."""
+
+    def __init__(self, d_in: int, hessian: bool):
+        self.sums = torch.zeros(d_in, d_in) if hessian else torch.zeros(d_in)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x (..., d_in)."""
+        x = x.flatten(0, -2).float()
+        self.sums = self.sums.to(x.device)
+        if self.sums.ndim == 2:
+            self.sums.addmm_(x.T, x)
+        else:
+            self.sums += x.square().sum(0)
+        self.tokens += len(x)
+
+    def stats(self) -> LayerStats:
+        mean = self.sums / max(self.tokens, 1)
+        if mean.ndim == 1:
+            return LayerStats(None, mean, self.tokens)
+        return LayerStats(mean, mean.diagonal().clone(), self.tokens)
+
+
+def mask_n_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Keeps the n largest of every m consecutive scores along the last dimension; ties go to the first. bool."""
+    groups = scores.unflatten(-1, (-1, m))
+    keep = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True).flatten(-2)
+
+
+def sanitize(second_moment: Tensor) -> Tensor:
+    """Importance d (d_in,): non-finite or non-positive entries become the mean of the valid ones (ARMOR section 3.1)."""
+    valid = torch.isfinite(second_moment) & (second_moment > 0)
+    if not valid.any():
+        raise UserError("the calibration inputs of a layer are all zero or not finite; use other calibration data.")
+    return torch.where(valid, second_moment, second_moment[valid].mean())
+
+
+def normalize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """NoWag: columns to unit norm, then rows. Returns (W_bar, r1 (d_in,), r2 (d_out,)), W = diag(r2) W_bar diag(r1)."""
+    r1 = weight.norm(dim=0) + EPS
+    W1 = weight / r1
+    r2 = W1.norm(dim=1) + EPS
+    return W1 / r2[:, None], r1, r2
+
+
+def magnitude(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
+    """Keeps the N largest |W_ij| of every M."""
+    return weight * mask_n_m(weight.abs(), *pattern)
+
+
+def wanda(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
+    """Keeps the N largest |W_ij| sqrt(mean x_j^2) of every M."""
+    return weight * mask_n_m(weight.abs() * stats.second_moment.sqrt(), *pattern)
+
+
+def nowag(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
+    """NoWag-P: keeps the N largest d_j W_bar_ij^2 of every M; W's values are unchanged."""
+    return weight * mask_n_m(normalize(weight)[0].square() * sanitize(stats.second_moment), *pattern)
+
+
+def sparsegpt(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
+    """SparseGPT: prunes column by column and moves each error onto the columns that follow.
+
+    H = 2 mean x x^T + damping; U = upper Cholesky factor of H^-1. At each group of M columns every row drops the
+    M - N entries with the smallest W_ij^2 / U_jj^2 of its *updated* weights; each column then passes
+    err = (w - q) / U_jj on: W[:, j:] -= err U[j, j:]. Updates beyond a chunk of 128 columns are applied at its end.
+    """
+    n, m = pattern
+    H = 2 * stats.hessian
+    dead = H.diagonal() == 0
+    H = H + torch.diag(dead.to(H.dtype))
+    W = torch.where(dead, 0.0, weight)
+    U = inverse_cholesky(H)
+    columns = W.T.contiguous()  # (d_in, d_out): a column of W is a contiguous row here
+    d_in = len(columns)
+    chunk_size = max(LAZY_CHUNK // m, 1) * m
+    for start in range(0, d_in, chunk_size):
+        end = min(start + chunk_size, d_in)
+        chunk = columns[start:end]  # a view
+        errors = torch.zeros_like(chunk)
+        U_chunk = U[start:end, start:end]
+        scale = U_chunk.diagonal().square()
+        for j in range(end - start):
+            if j % m == 0:
+                scores = (chunk[j : j + m].square() / scale[j : j + m, None]).T
+                keep = mask_n_m(scores, n, m).T  # (m, d_out)
+            w = chunk[j]
+            q = w * keep[j % m]
+            error = (w - q) / U_chunk[j, j]
+            chunk[j + 1 :].addr_(U_chunk[j, j + 1 :], error, alpha=-1)
+            chunk[j] = q
+            errors[j] = error
+        columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+    return columns.T.contiguous()
+
+
+def inverse_cholesky(H: Tensor) -> Tensor:
+    """Upper Cholesky factor of (H + damping)^-1; the damping grows tenfold, at most five times, until it exists."""
+    mean = H.diagonal().mean()
+    for power in range(6):
+        damped = H + DAMPING * 10**power * mean * torch.eye(len(H), device=H.device)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            if not failed and torch.isfinite(U).all():
+                return U
+    raise UserError("a layer's Hessian has no Cholesky factor even with heavy damping; use more calibration data.")
+
+
+def rank_correction(weight: Tensor, pruned: Tensor, stats: LayerStats, rank: int) -> Tensor:
+    """pruned + the best rank-r approximation of (W - W_hat) diag(sqrt d), unscaled after: r (d_out + d_in) parameters."""
+    root = sanitize(stats.second_moment).sqrt()
+    left, singular, right = torch.linalg.svd((weight - pruned) * root, full_matrices=False)
+    return pruned + (left[:, :rank] * singular[:rank]) @ right[:rank] / root

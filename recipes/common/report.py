@@ -1,0 +1,220 @@
+"""Build a report from what a run measured, print it as a table, and write it with its plots and card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from recipes.common import plots
+from recipes.common.assets import ASSETS
+from recipes.common.runner import write_text
+from zoo.card import compare, format_bytes, format_metric, format_time, method_name, render_card, verdicts
+from zoo.checkpoint import read_checkpoint_sizes
+from zoo.report_schema import SCHEMA_VERSION, check_report
+from zoo.verify import hash_files, layer_bytes
+
+if TYPE_CHECKING:
+    from recipes.common.base_models import BaseModel
+    from recipes.common.data import Text
+    from recipes.common.runner import Recipe
+
+PACKAGES = ("slimzoo", "torch", "transformers", "safetensors", "huggingface-hub", "numpy", "lm-eval")
+MARKS = {"better": "+", "worse": "-", "undecided": "~"}
+
+
+def build(
+    *,
+    recipe: Recipe,
+    base: BaseModel,
+    calibration: Text,
+    texts: dict[str, Text],
+    dense: dict[str, dict],
+    compressed: list[dict[str, dict]],
+    baselines: dict[str, list[dict[str, dict]]],
+    speed: dict[str, dict[str, dict]],
+    folder: Path,
+    layers: list[dict],
+    seconds: float,
+    seeds: list[int],
+    baseline_layers: dict[str, list[dict]] | None = None,
+    samples: list[dict[str, str]] | None = None,
+) -> dict:
+    """The report of a finished run, checked.
+
+    Args:
+        texts: {"A": …} held-out texts. dense: {metric name: M}. compressed, baselines: one such dict per seed.
+        speed: {"decode": {"ratio_to_dense_bf16": M, …}, "prefill": {…}}. folder: the first seed's checkpoint.
+        layers: one row per packed matrix. seconds: of the whole run.
+        baseline_layers: {baseline: rows like `layers`}, how its matrices would be packed ("block_out" = "block_in" = r
+            stands for a correction of rank r); gives the baselines their place in the plot.
+        samples: [{"prompt", "dense", "compressed"}], greedy generations.
+    """
+    evaluation = {
+        name: text_row(text, windows=dense[f"perplexity/{name}"]["n"], seqlen=recipe.eval_seqlen)
+        for name, text in texts.items()
+    }
+    tasks = {key.partition("/")[2]: m["n"] for key, m in dense.items() if m["n_of"] == "items"}
+    if tasks:
+        evaluation["tasks"] = {name: task_row(name, items) for name, items in tasks.items()}
+    size = read_checkpoint_sizes(folder)
+    if baseline_layers:
+        itemsize = getattr(torch, recipe.dtype).itemsize
+        rest = size["compressed_bytes"] - sum(layer_bytes(row, itemsize) for row in layers)
+        size["baselines"] = {
+            name: rest + sum(layer_bytes(row, itemsize) for row in rows) for name, rows in baseline_layers.items()
+        }
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "recipe": recipe.name,
+        "config": json.loads(json.dumps(recipe.settings())),
+        "base_model": {
+            "id": base.id,
+            "revision": base.revision,
+            "sha256": base.sha256,
+            "parameters": base.parameters,
+            "license": base.license,
+            **({"language": list(base.language)} if getattr(base, "language", None) else {}),
+        },
+        "data": {
+            "calibration": text_row(calibration, windows=recipe.nsamples, seqlen=recipe.seqlen),
+            "evaluation": evaluation,
+        },
+        "dense": dense,
+        "compressed": over_seeds(compressed),
+        "baselines": {name: over_seeds(runs) for name, runs in baselines.items()},
+        "size": size,
+        "speed": speed,
+        "cost": {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "device": device_name(recipe.device)},
+        "environment": environment(),
+        "seeds": seeds,
+        "layers": layers,
+        "notes": [base.note] if base.note else [],
+    }
+    if samples:
+        report["samples"] = samples
+    check_report(report)
+    return report
+
+
+def text_row(text: Text, **amount: int) -> dict:
+    """A row of `data`: where the text comes from, and how much of it was used."""
+    return text.facts() | amount
+
+
+def task_row(name: str, items: int) -> dict:
+    """The row of `data.evaluation.tasks` of a local task, or of one that lm-eval fetched by itself."""
+    if name in ASSETS:
+        asset = ASSETS[name]
+        row = {"name": asset.archive.package, "version": asset.archive.version, "license": asset.license}
+        return row | {"sha256": asset.sha256, "size": None, "items": items}
+    version = f"lm-eval {importlib.metadata.version('lm-eval')}"
+    return {"name": name, "version": version, "sha256": None, "size": None, "items": items}
+
+
+def over_seeds(runs: list[dict[str, dict]]) -> dict[str, dict]:
+    """{metric: M} of one run per seed -> {metric: M} with mean, sample standard deviation and the single values.
+
+    A single run stays as it is: its n counts windows or items, and its spread is the standard error over those.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    merged = {}
+    for key, first in runs[0].items():
+        values = [run[key]["value"] for run in runs]
+        merged[key] = first | {
+            "value": statistics.fmean(values),
+            "spread": statistics.stdev(values),
+            "n": len(values),
+            "n_of": "seeds",
+            "values": values,
+        }
+    return merged
+
+
+# ----------------------------------------------------------------------------------------------------- the machine
+
+
+def environment() -> dict:
+    """Python, the versions of what computes, and the processor."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "versions": versions, "cpu": cpu_name()}
+
+
+def cpu_name() -> str:
+    """Model of the processor and the number of threads that torch uses."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------------------- showing and writing
+
+
+def render_table(report: dict) -> str:
+    """What a recipe prints last: models by metrics, each marked against dense, then sizes, speed and verdicts."""
+    keys = list(report["compressed"])
+    models = {"dense": report["dense"], method_name(report): report["compressed"], **report["baselines"]}
+    rows = [["", *(f"{key} {'(up)' if report['dense'][key]['higher_is_better'] else '(down)'}" for key in keys)]]
+    for name, metrics in models.items():
+        cells = []
+        for key in keys:
+            mark = "" if name == "dense" else MARKS[compare(report, key, metrics[key], report["dense"][key])]
+            cells.append(f"{format_metric(metrics[key])} {mark:1}")
+        rows.append([name, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    size, cost = report["size"], report["cost"]
+    lines += [
+        "against dense: + better, - worse, ~ undecided (nearer than two standard deviations)",
+        "",
+        *verdicts(report),
+        f"size: {format_bytes(size['compressed_bytes'])} of {format_bytes(size['dense_bytes'])} dense "
+        f"({100 * size['compressed_bytes'] / size['dense_bytes']:.1f} %)",
+    ]
+    for phase, ratios in report["speed"].items():
+        shown = (f"{format_metric(m)} of {rival.removeprefix('ratio_to_')}" for rival, m in ratios.items())
+        lines.append(f"speed, {phase}: {', '.join(shown)}")
+    lines.append(f"cost: {format_time(cost['seconds'])}, {format_bytes(cost['peak_rss_bytes'])} of memory")
+    return "\n".join(lines)
+
+
+def write(report: dict, folder: Path) -> dict:
+    """Puts plots, report.json and README.md into a checkpoint folder; returns the report with the files' hashes."""
+    folder = Path(folder)
+    plots.draw(report, folder)
+    report = report | {"files": hash_files(folder)}
+    check_report(report)
+    card = render_card(report, repo_id=None)
+    write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / "README.md", card)
+    return report

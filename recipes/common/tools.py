@@ -1,0 +1,61 @@
+"""The commands beside the recipes: verify, publish, export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from recipes.common.export import export_dense, export_gguf
+from zoo.errors import UserError
+
+EXPORTS = ("dense", "gguf-f16", "gguf-q8_0")
+
+
+def verify(arguments: list[str]) -> None:
+    """Re-measures a checkpoint's own claims; exit code 1 when one does not hold."""
+    parser = argparse.ArgumentParser(prog="python -m recipes verify", description=verify.__doc__)
+    parser.add_argument("folder", type=Path, help="a checkpoint folder")
+    parser.add_argument("--static", action="store_true", help="check files, sizes and card only; measure nothing")
+    flags = parser.parse_args(arguments)
+    from recipes.common.layerwise import remeasure
+    from zoo.verify import verify as verify_folder
+
+    findings = verify_folder(flags.folder, None if flags.static else remeasure)
+    for finding in findings:
+        print(finding)
+    if any(not finding.ok for finding in findings):
+        raise SystemExit(1)
+
+
+def publish(arguments: list[str]) -> None:
+    """Uploads a checkpoint folder to the Hub; running it again finishes an interrupted upload."""
+    parser = argparse.ArgumentParser(prog="python -m recipes publish", description=publish.__doc__)
+    parser.add_argument("folder", type=Path, help="a checkpoint folder")
+    parser.add_argument("repo", help="org/name")
+    parser.add_argument("--tag", help="also tag the commit, for from_pretrained(..., revision=TAG)")
+    parser.add_argument("--private", action="store_true", help="create the repository private")
+    flags = parser.parse_args(arguments)
+    from zoo.hub import publish as publish_folder
+
+    print(publish_folder(flags.folder, flags.repo, tag=flags.tag, private=flags.private))
+
+
+def export(arguments: list[str]) -> None:
+    """Writes a compressed checkpoint for other engines: dense weights, or GGUF for llama.cpp."""
+    parser = argparse.ArgumentParser(prog="python -m recipes export", description=export.__doc__)
+    parser.add_argument("folder", type=Path, help="a checkpoint folder")
+    parser.add_argument("output", type=Path, help="folder (dense) or .gguf file to write; must not exist")
+    parser.add_argument("--format", choices=EXPORTS, default="dense")
+    flags = parser.parse_args(arguments)
+    export_as(flags.folder, flags.output, flags.format)
+    print(flags.output)
+
+
+def export_as(folder: Path, output: Path, kind: str) -> None:
+    """One export of `folder`; `kind` is one of EXPORTS."""
+    if kind not in EXPORTS:
+        raise UserError(f"--export {kind}: one of {', '.join(EXPORTS)} is needed.")
+    if kind == "dense":
+        export_dense(folder, output)
+    else:
+        export_gguf(folder, output, kind.removeprefix("gguf-").upper())

@@ -1,0 +1,35 @@
+"""block_diagonal_linear: many small dense blocks along the diagonal, ARMOR's wrappers."""
+
+from torch import Tensor
+
+from ..ops import check, check_floats, define
+from .reference import block_diagonal_linear as block_diagonal_linear_reference
+
+
+def _dense(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    n, b, _ = blocks.shape
+    dense = blocks.new_zeros(n, b, n, b)
+    dense.diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
+    return dense.view(n * b, n * b)
+
+
+_op = define(
+    "block_diagonal_linear",
+    "(Tensor x, Tensor blocks, Tensor? bias) -> Tensor",
+    block_diagonal_linear_reference,
+    lambda x, blocks, bias: x.new_empty(x.shape),
+    _dense,
+)
+
+
+def block_diagonal_linear(x: Tensor, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., n b), blocks (n, b, b), bias (n b,) -> (..., n b): y_ni = sum_j blocks[n, i, j] x_nj + bias_ni.
+
+    fp32, bf16 or fp16 alike; differentiable in x. Raises: ValueError when shapes, dtypes or devices do not fit.
+    """
+    check_floats("block_diagonal_linear", x, blocks=blocks, bias=bias)
+    check(blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2], "block_diagonal_linear: blocks must be (n, b, b)")
+    size = blocks.shape[0] * blocks.shape[1]
+    check(x.ndim >= 1 and x.shape[-1] == size, f"block_diagonal_linear: x {tuple(x.shape)} must end in {size}")
+    check(bias is None or bias.shape == (size,), f"block_diagonal_linear: bias must be ({size},)")
+    return _op(x, blocks, bias)

@@ -1,0 +1,56 @@
+"""Registers our operations with torch: custom ops with shape functions and gradients, so that compile and export work."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "slimzoo"
+
+
+def define(
+    name: str, schema: str, compute: Callable, shape: Callable, dense_weight: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Defines torch.ops.slimzoo.<name> unless a copy of this code already has, and returns the op.
+
+    Args: compute(x, *weights) -> result; shape(x, *weights) -> empty result; dense_weight(x, *weights) -> (d_out, d_in),
+    which the gradient by x, the only one there is, needs: grad_x = grad_y W.
+    """
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        full = f"{NAMESPACE}::{name}"
+        torch.library.define(full, schema)
+        torch.library.impl(full, "default", compute)
+        torch.library.register_fake(full, shape)
+
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        def backward(ctx, grad):
+            x, *weights = ctx.saved_tensors
+            grad_x = grad @ dense_weight(x, *weights).to(grad.dtype) if ctx.needs_input_grad[0] else None
+            return grad_x, *(None for _ in weights)
+
+        torch.library.register_autograd(full, backward, setup_context=setup_context)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def linear_shape(x: Tensor, d_out: int) -> Tensor:
+    """An empty result (..., d_out) for x (..., d_in)."""
+    return x.new_empty(*x.shape[:-1], d_out)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless the condition holds: shapes and dtypes are checked before pointers are taken."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_floats(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """x and all given tensors: one floating dtype (fp32, bf16, fp16) and one device."""
+    check(
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16), f"{op}: x is {x.dtype}; fp32, bf16 or fp16 is needed"
+    )
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check(tensor.dtype == x.dtype, f"{op}: {name} is {tensor.dtype} and x is {x.dtype}; they must be equal")
+            check(tensor.device == x.device, f"{op}: {name} is on {tensor.device} and x on {x.device}")

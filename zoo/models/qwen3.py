@@ -1,0 +1,20 @@
+"""Compressed Qwen3: stock transformers classes with packed linear layers."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+from .packed import PackedConfigMixin, PackedModelMixin
+
+
+@strict
+class SlimQwen3Config(PackedConfigMixin, Qwen3Config):
+    model_type = "slim_qwen3"
+    compression_config: dict | None = None
+
+
+class SlimQwen3Model(PackedModelMixin, Qwen3Model):
+    config_class = SlimQwen3Config
+
+
+class SlimQwen3ForCausalLM(PackedModelMixin, Qwen3ForCausalLM):
+    config_class = SlimQwen3Config
