@@ -70,7 +70,7 @@ class Armor(LayerwiseRecipe):
     max_overhead: float = field(
         default=0.10, metadata={"help": "with --block auto: wrapper parameters as a fraction of the matrix"}
     )
-    iters: int = field(default=300, metadata={"help": "iterations of the main loop; 0 gives NoWag-P"})
+    iters: int = field(default=200, metadata={"help": "iterations of the main loop; 0 gives NoWag-P"})
     lr: float = field(default=1e-3, metadata={"help": "Adam's learning rate"})
     schedule: str = field(
         default="cosine", metadata={"help": "learning rate over the run", "choices": ["cosine", "constant"]}

@@ -134,7 +134,7 @@ def card_metadata(report: dict, method: dict, name: str, repo_id: str | None) ->
         base_model_relation=method["relation"] if HUB_ID.fullmatch(base["id"]) else None,
         library_name=method["library_name"],
         pipeline_tag=method["pipeline_tag"],
-        language=base.get("language"),
+        language=base["language"] or None,
         datasets=[calibration] if HUB_ID.fullmatch(calibration) else None,
         tags=["slimzoo", *method["tags"], "compressed"],
         widget=widget or None,
@@ -386,7 +386,7 @@ def limits(report: dict, method: dict) -> list[str]:
     """What not to expect: from the report's notes, its sample sizes, and the method's file."""
     base = report["base_model"]
     lines = [f"The licence is that of the base model: {base['license'] or UNKNOWN_LICENSE}."]
-    if base.get("language"):
+    if base["language"]:
         lines.append(f"Language: {', '.join(base['language'])}, as the base model.")
     seeds = len(report["seeds"])
     lines.append(

@@ -111,7 +111,7 @@ def load(name: str, **kwargs) -> PreTrainedModel:
     except OSError as error:
         if source != entry.hub_repo:
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"{name}: there is no runs/{entry.recipe} of it here, and {entry.hub_repo} cannot be loaded from the Hub"
             f" ({reason}). `{entry.command}` builds it."

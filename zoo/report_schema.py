@@ -54,7 +54,7 @@ REPORT = {
         "sha256": str,
         "parameters": int,
         "license": (str, NONE),
-        "language?": [str],
+        "language": [str],
     },
     "data": {"calibration": DATA, "evaluation": {"tasks?": {"*": DATA}, "*": DATA}},
     "dense": {"*": METRIC},

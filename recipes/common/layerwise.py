@@ -43,7 +43,7 @@ class LayerwiseRecipe(Recipe):
     calibration_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     calibration_split: str = field(default="train", metadata={"help": "split of a Hub dataset"})
     calibration_column: str = field(default="text", metadata={"help": "text column of a Hub dataset or .jsonl file"})
-    nsamples: int = field(default=64, metadata={"help": "calibration windows"})
+    nsamples: int = field(default=32, metadata={"help": "calibration windows"})
     seqlen: int = field(default=512, metadata={"help": "tokens per calibration window"})
     include: str = field(default="", metadata={"help": "compress only linears whose name matches this regex"})
     ignore: list[str] = field(

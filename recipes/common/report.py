@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import metadata_load
 
 from recipes.common import plots
 from recipes.common.assets import ASSETS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from recipes.common.runner import Recipe
 
 PACKAGES = ("slimzoo", "torch", "transformers", "safetensors", "huggingface-hub", "numpy", "lm-eval")
+LANGUAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ["en"]}
 MARKS = {"better": "+", "worse": "-", "undecided": "~"}
 
 
@@ -81,7 +83,7 @@ def build(
             "sha256": base.sha256,
             "parameters": base.parameters,
             "license": base.license,
-            **({"language": list(base.language)} if getattr(base, "language", None) else {}),
+            "language": languages(base),
         },
         "data": {
             "calibration": text_row(calibration, windows=recipe.nsamples, seqlen=recipe.seqlen),
@@ -96,7 +98,7 @@ def build(
         "environment": environment(),
         "seeds": seeds,
         "layers": layers,
-        "notes": [base.note] if base.note else [],
+        "notes": list(base.notes),
     }
     if samples:
         report["samples"] = samples
@@ -106,7 +108,16 @@ def build(
 
 def text_row(text: Text, **amount: int) -> dict:
     """A row of `data`: where the text comes from, and how much of it was used."""
-    return text.facts() | amount
+    return {key: getattr(text, key) for key in ("name", "version", "sha256", "size", "license")} | amount
+
+
+def languages(base: BaseModel) -> list[str]:
+    """As the base model's card states them; the packaged models come without one. Empty when unknown."""
+    if base.id in LANGUAGES:
+        return LANGUAGES[base.id]
+    card = base.path / "README.md"
+    stated = (metadata_load(card) or {}).get("language") if card.exists() else None
+    return [stated] if isinstance(stated, str) else stated or []
 
 
 def task_row(name: str, items: int) -> dict:

@@ -128,15 +128,14 @@ def write_run(folder: Path, base_id: str = "made-up/Base-Model", kind: str = "ar
         compression={**packing.compression, "method": "armor", "proxy_loss": losses},
         extra_files={"recipe.yaml": yaml.safe_dump(config, sort_keys=False)},
     )
-    text = SimpleNamespace(facts=lambda: data("invented text"))
+    text = SimpleNamespace(**data("invented text"))
     recipe = SimpleNamespace(
         name="armor", settings=lambda: config, device="cpu", dtype="bfloat16", nsamples=3, seqlen=17, eval_seqlen=19
     )
+    facts = {"revision": None, "sha256": "ef" * 32, "parameters": 4321, "license": "apache-2.0", "notes": ("made up",)}
     report = reports.build(
         recipe=recipe,
-        base=SimpleNamespace(
-            id=base_id, revision=None, sha256="ef" * 32, parameters=4321, license="apache-2.0", note="made up, too"
-        ),
+        base=SimpleNamespace(id=base_id, path=packing.base, **facts),
         calibration=text,
         texts={"A": text, "B": text},
         dense=EXAMPLE["dense"],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = "slimzoo"
+SKINNY = 16  # rows of x up to which a product is read straight from the packed weight
 
 
 def define(

@@ -3,9 +3,36 @@
 import torch
 from torch import Tensor
 
+from ..bitmask_linear import bitmask_linear
 from ..bitmask_linear.reference import unpack_bitmask
-from ..ops import check, check_floats, define, linear_shape
+from ..block_diagonal_linear import block_diagonal_linear
+from ..build import DTYPES, integers, level, library, pointer
+from ..ops import SKINNY, check, check_floats, define, linear_shape
 from .reference import armor_linear as armor_linear_reference
+
+
+def _compute(
+    x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None
+) -> Tensor:
+    lib = library("armor_linear") if x.device.type == "cpu" else None
+    if lib is None or x.numel() == 0:
+        return armor_linear_reference(x, wrap_in, values, mask, wrap_out, bias)
+    d_out, d_in = len(mask), x.shape[-1]
+    rows = x.reshape(-1, d_in).contiguous()
+    if len(rows) > SKINNY:  # the wrappers act on the activations: 2 (b_in d_in + b_out d_out) FLOP per row of x
+        out = bitmask_linear(block_diagonal_linear(rows, wrap_in), values, mask)
+        out = block_diagonal_linear(out, wrap_out, bias)
+    else:
+        out = x.new_empty(len(rows), d_out)
+        weights = (wrap_in.contiguous(), values.contiguous(), mask.contiguous(), wrap_out.contiguous())
+        lib.slimzoo_armor_linear(
+            *map(pointer, (rows, *weights, bias, out)),
+            *integers(len(rows), d_out, d_in, wrap_out.shape[1], wrap_in.shape[1], values.shape[1]),
+            DTYPES[x.dtype],
+            level(),
+            torch.get_num_threads(),
+        )
+    return out.view(*x.shape[:-1], d_out)
 
 
 def _dense(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,7 +45,7 @@ def _dense(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: T
 _op = define(
     "armor_linear",
     "(Tensor x, Tensor wrap_in, Tensor values, Tensor mask, Tensor wrap_out, Tensor? bias) -> Tensor",
-    armor_linear_reference,
+    _compute,
     lambda x, wrap_in, values, mask, wrap_out, bias: linear_shape(x, mask.shape[0]),
     _dense,
 )

@@ -1,9 +1,33 @@
 """block_diagonal_linear: many small dense blocks along the diagonal, ARMOR's wrappers."""
 
+import torch
 from torch import Tensor
 
-from ..ops import check, check_floats, define
+from ..build import DTYPES, integers, level, library, pointer
+from ..ops import SKINNY, check, check_floats, define
 from .reference import block_diagonal_linear as block_diagonal_linear_reference
+
+
+def _compute(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    lib = library("block_diagonal_linear") if x.device.type == "cpu" else None
+    if lib is None or x.numel() == 0:
+        return block_diagonal_linear_reference(x, blocks, bias)
+    n, b, _ = blocks.shape
+    rows = x.reshape(-1, n * b).contiguous()
+    if len(rows) > SKINNY:
+        by_block = rows.view(-1, n, b).transpose(0, 1)  # (n, rows, b)
+        out = torch.bmm(by_block, blocks.transpose(1, 2)).transpose(0, 1).reshape(len(rows), n * b)
+        out = out if bias is None else out + bias
+    else:
+        out = torch.empty_like(rows)
+        lib.slimzoo_block_diagonal_linear(
+            *map(pointer, (rows, blocks.contiguous(), bias, out)),
+            *integers(len(rows), n, b),
+            DTYPES[x.dtype],
+            level(),
+            torch.get_num_threads(),
+        )
+    return out.view(x.shape)
 
 
 def _dense(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
@@ -16,7 +40,7 @@ def _dense(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 _op = define(
     "block_diagonal_linear",
     "(Tensor x, Tensor blocks, Tensor? bias) -> Tensor",
-    block_diagonal_linear_reference,
+    _compute,
     lambda x, blocks, bias: x.new_empty(x.shape),
     _dense,
 )

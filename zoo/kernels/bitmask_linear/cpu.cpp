@@ -1,0 +1,49 @@
+// bitmask_linear on CPU: skinny products straight from the packed weight, and its expansion for wide ones.
+//
+// Bytes per output row at batch 1: d_in / 8 of mask + kept x item of values; 2:4 in bf16 is 9/16 of the dense row.
+#include <omp.h>
+
+#include "simd.hpp"
+
+struct Weight {
+  const uint8_t *values, *mask;
+  const int64_t* row_offsets;  // null when every row keeps per_row values
+  int64_t per_row, d_in;
+  int dtype;
+  int64_t begin(int64_t i) const { return row_offsets ? row_offsets[i] : i * per_row; }
+  int64_t kept(int64_t i) const { return row_offsets ? row_offsets[i + 1] - row_offsets[i] : per_row; }
+  Row row(int64_t i) const {
+    int64_t bytes = (d_in + 7) / 8;
+    return {values + begin(i) * item_size(dtype), mask + i * bytes, bytes};
+  }
+};
+
+extern "C" int slimzoo_level() { return detect_level(); }
+
+// y (n, d_out) = x (n, d_in) W^T + bias, x, values, bias and y of one dtype.
+extern "C" void slimzoo_bitmask_linear(const void* x, const void* values, const uint8_t* mask,
+                                       const int64_t* row_offsets, const void* bias, void* y, int64_t n, int64_t d_out,
+                                       int64_t d_in, int64_t per_row, int dtype, int level, int threads) {
+  Weight w{(const uint8_t*)values, mask, row_offsets, per_row, d_in, dtype};
+  Vectors vectors(n, d_in);
+  vectors.fill(x, dtype);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < d_out; i++) {
+    float b = bias ? load_float(bias, i, dtype) : 0, out[MAX_VECTORS];
+    for (int64_t first = 0; first < n; first += MAX_VECTORS) {
+      int count = (int)std::min<int64_t>(MAX_VECTORS, n - first);
+      sparse_dot(level, w.row(i), w.kept(i), dtype, vectors, first, count, out);
+      for (int j = 0; j < count; j++) store_float(y, (first + j) * d_out + i, out[j] + b, dtype);
+    }
+  }
+}
+
+// Rows [first, last) of the dense weight, in the dtype of the values.
+extern "C" void slimzoo_bitmask_expand(const void* values, const uint8_t* mask, const int64_t* row_offsets, void* out,
+                                       int64_t first, int64_t last, int64_t d_in, int64_t per_row, int dtype, int level,
+                                       int threads) {
+  Weight w{(const uint8_t*)values, mask, row_offsets, per_row, d_in, dtype};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = first; i < last; i++)
+    expand_row(level, w.row(i), dtype, d_in, (uint8_t*)out + (i - first) * d_in * item_size(dtype));
+}
