@@ -13,6 +13,8 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+from .kernels.sources import all_sources, source
+
 PREFIX = "slimzoo_"
 ALLOWED_IMPORTS = {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"} | sys.stdlib_module_names
 SOURCES_MODULE = "kernels.sources"  # reads the .cpp files of the package; in a bundle it holds their text
@@ -82,5 +84,20 @@ def _flattened(name: str) -> tuple[str, list[str]]:
 
 def _embedded_sources() -> str:
     """A stand-in for the module that reads the kernels' C++ files: the same name, with the texts in it."""
-    sources = {path.name: path.read_text() for path in []}
-    return repr(sources)
+    texts = ",\n".join(f"    {path!r}: {source(path)!r}" for path in all_sources())
+    return f'''"""The C++ texts of the kernels, by their paths in the package."""
+
+SOURCES = {{
+{texts}
+}}
+
+
+def all_sources() -> list[str]:
+    """Paths of all C++ files, relative to the kernels folder."""
+    return sorted(SOURCES)
+
+
+def source(path: str) -> str:
+    """The text of one C++ file."""
+    return SOURCES[path]
+'''

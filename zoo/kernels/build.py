@@ -37,20 +37,21 @@ def library(op: str) -> ctypes.CDLL | None:
     texts = {path: source(path) for path in all_sources() if path == f"{op}/cpu.cpp" or path.endswith(".hpp")}
     key = hashlib.sha256(repr((sorted(texts.items()), compiler_version(compiler), FLAGS)).encode()).hexdigest()[:16]
     path = cache_folder() / f"{op}-{key}.so"
-    for attempt in range(2):
-        try:
-            if not path.exists():
-                compile_library(compiler, texts, op, path)
-            return ctypes.CDLL(str(path))
-        except OSError as error:
-            # A file cut short, by a full disk or a crash, does not load: build it anew, once.
-            path.unlink(missing_ok=True)
-            if attempt:
-                _warn_slow(f"the compiled kernels do not load ({error})")
-        except subprocess.CalledProcessError as error:
-            _warn_slow(f"{compiler} failed: {error.stderr.strip().splitlines()[:1]}")
-            break
+    try:
+        if not is_whole(path):
+            compile_library(compiler, texts, op, path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        _warn_slow(f"{compiler} failed ({error.stderr.strip().splitlines()[:1]})")
+    except OSError as error:
+        _warn_slow(f"the kernels cannot be stored or loaded ({error})")
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library ends with the digest of the rest: loading one that was cut short would kill the process."""
+    content = path.read_bytes() if path.exists() else b""
+    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def compile_library(compiler: str, texts: dict[str, str], op: str, path: Path) -> None:
@@ -63,6 +64,8 @@ def compile_library(compiler: str, texts: dict[str, str], op: str, path: Path) -
         built = Path(scratch, "kernels.so")
         command = [compiler, *FLAGS, f"-I{scratch}", str(Path(scratch, op, "cpu.cpp")), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())
         built.replace(path)
 
 

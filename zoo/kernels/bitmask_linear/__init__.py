@@ -74,7 +74,8 @@ def bitmask_linear(
     """x (..., d_in) -> x W^T + bias (..., d_out), W in the bitmask format of `reference.py`; differentiable in x.
 
     Args: x, values, bias fp32, bf16 or fp16 alike; mask uint8 (d_out, ceil(d_in / 8)); values (d_out, per_row), or (nnz,)
-    with row_offsets int64 (d_out + 1,). Raises: ValueError when shapes, dtypes or devices do not fit.
+    with row_offsets int64 (d_out + 1,). That the mask keeps as many weights as there are values is for the caller to
+    know: layers check it once, at loading. Raises: ValueError when shapes, dtypes or devices do not fit.
     """
     check_floats("bitmask_linear", x, values=values, bias=bias)
     check(mask.dtype == torch.uint8 and mask.ndim == 2, "bitmask_linear: mask must be uint8 (d_out, ceil(d_in / 8))")
