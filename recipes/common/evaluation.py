@@ -68,11 +68,11 @@ def window_nlls(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Tenso
                 logits = model(input_ids=batch, use_cache=False).logits
                 for row, ids in zip(logits, batch, strict=True):  # one window's log-softmax in memory at a time
                     losses.append(nn.functional.cross_entropy(row[:-1].float(), ids[1:]).item())
-                if math.isnan(losses[-1]):
-                    raise UserError(
-                        f"Window {len(losses) - 1} has no perplexity: the model's outputs are NaN; with --dtype float16"
-                        " they may have overflowed, use bfloat16 or float32."
-                    )
+                    if math.isnan(losses[-1]):
+                        raise UserError(
+                            f"Window {len(losses) - 1} has no perplexity: the model's outputs are NaN; with --dtype"
+                            " float16 they may have overflowed, use bfloat16 or float32."
+                        )
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{_exp(statistics.fmean(losses)):.2f}")
     finally:
@@ -85,12 +85,13 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1) -> dict:
 
     `spread` is the standard error of the mean NLL over windows times the perplexity (first-order), so it says how far
     another draw of windows of this text would move the value. Two models measured on the same windows differ with much
-    less noise than that: compare their `window_nlls` pairwise. It is None for a single window.
+    less noise than that: compare their `window_nlls` pairwise. It is None for a single window, and if it overflows.
     """
     nlls = window_nlls(model, windows, batch_size)
     value = _exp(nlls.mean().item())
-    spread = value * nlls.std().item() / math.sqrt(len(nlls)) if len(nlls) > 1 else None
-    return metric(value, spread, len(nlls), "windows", "ppl", higher_is_better=False)
+    spread = value * nlls.std(correction=1).item() / math.sqrt(len(nlls)) if len(nlls) > 1 else math.nan
+    finite = spread if math.isfinite(spread) else None
+    return metric(value, finite, len(nlls), "windows", "ppl", higher_is_better=False)
 
 
 def _exp(nll: float) -> float:

@@ -83,7 +83,8 @@ def _paragraphs(text: str) -> list[str]:
         if skipped_level or line.startswith(("*", "#", ":", ";", "|", "!", "{", "}")):
             continue
         line = re.sub(r"\(\s*[,;:]?\s*", "(", re.sub(r"\s+", " ", line))
-        line = re.sub(r"\s+([,.;:)])", r"\1", re.sub(r"\s*\(\s*\)", "", line))
+        line = re.sub(r"\s*\(\s*\)", "", re.sub(r"[\s,;:]+\)", ")", line))
+        line = re.sub(r"\s+([,.;:])", r"\1", line)
         if len(line) > MIN_LINE:
             kept.append(line)
     return kept

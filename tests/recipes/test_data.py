@@ -87,7 +87,7 @@ def test_impossible_numbers_are_refused(count, seqlen):
 @pytest.mark.parametrize(
     ("name", "sha256", "size", "tokens"),
     [
-        ("wikipedia", "56b1e1b856f58d7adef725c4bbee6d3d76b63142b2e45d87fd5efb547c5217f1", 2_552_490, 557_948),
+        ("wikipedia", "48ae2823b65be145691cf2a6a85d1059197b2691a2787ec8164d197e8417064a", 2_552_481, 557_946),
         ("A", "5d7844a875b2c924e1537830a425a26c5d3fc7265e597f2a64eb3360d82544dd", 1_607_331, 348_780),
         ("B", "105cccfb8cd37c10714a88df574f498931b7fed691581c00befe8227070a2ce8", 1_829_838, 383_032),
     ],
@@ -126,11 +126,9 @@ def test_sentences_would_notice_an_overlap():
 def test_texts_hold_whole_clean_documents():
     squad = load_text("A").text.split("\n\n")
     assert len(squad) == len(set(squad)) and squad[0].startswith("Super Bowl 50 was an American football game")
-    addresses = load_text("B").text
-    assert (
-        "Reagan" in addresses
-        and "malaise" not in addresses[:0]
-        and "fellow-citizens of the senate" not in addresses.lower()
+    addresses = load_text("B").text  # from 1980 on
+    assert addresses.startswith(
+        "To the Congress of the United States:\n\nMy State of the Union Address will be devoted"
     )
     wikipedia = load_text("wikipedia").text
     assert wikipedia.startswith("Anarchism is a political philosophy that advocates self-governed societies")
@@ -141,8 +139,9 @@ def test_texts_hold_whole_clean_documents():
 def test_wiki_markup_becomes_prose():
     wikitext = """{{Infobox|name = X {{nested|{{deeper}}}}|image = [[File:x.jpg]]}}
 [[File:Map.png|thumb|A caption with a [[link|label]] and {{convert|5|km|mi}} in it that is rather long for a caption]]
-'''Ada''' ({{lang-el|λόγος}}; {{IPA|x}}) is a ''[[computer programming|programming]]'' language{{cn}} of the [[1980s]].<ref>A
-note.</ref><ref name="a" /> It is named after [[Ada Lovelace]]&nbsp;&ndash; see ''Iliad'''s text {{convert|120|km}}<!-- no -->.
+'''Ada''' ({{lang-el|λόγος}}; {{IPA|x}}) is a ''[[X y|language]]''{{cn}} for large programs of [[ministries]].
+It<ref name="a" /> is named after [[Ada Lovelace]]&nbsp;&ndash; see ''Iliad'''s text, {{convert|120|km}}<!-- -->.<ref>A
+note.</ref> And one more.<ref name="b">{{cite web|url=http://x.org|title=[[Y]]}}</ref>
 
 {| class="wikitable"
 ! head || other
@@ -151,7 +150,7 @@ note.</ref><ref name="a" /> It is named after [[Ada Lovelace]]&nbsp;&ndash; see 
 |}
 * this item of a list is long enough to pass for a paragraph if its star is overlooked
 == Design ==
-The language has packages [http://example.org with a label] and tasks <math>a < b</math> which run side by side<br/>always.
+The language has packages [http://x.org with a label] and tasks <math>a < b</math> which run side by side<br/>always.
 === See also ===
 This line stands under back matter and has to go, although it is long enough to be kept.
 == Notes ==
@@ -161,9 +160,8 @@ The history section comes after the notes and is prose again, so it has to be in
 [[Category:Languages]]
 """
     assert prose(wikitext).split("\n\n") == [
-        "Ada (λόγος;) is a programming language of the 1980s. It is named after Ada Lovelace – see Iliad's text 120 km.".replace(
-            "120 km.", "120 km."
-        ),
+        "Ada (λόγος) is a language for large programs of ministries.",
+        "It is named after Ada Lovelace – see Iliad's text, 120 km. And one more.",
         "The language has packages with a label and tasks which run side by side always.",
         "The history section comes after the notes and is prose again, so it has to be in the text.",
     ]

@@ -1,5 +1,5 @@
 // What the CPU kernels share: dtypes, the choice of SIMD level at run time, and the dot products of a dense row and of
-// a bitmask row with up to four vectors. Accumulation is in fp32 throughout.
+// a bitmask row with up to eight vectors. Accumulation is in fp32 throughout.
 //
 // Memory traffic of a bitmask row: 1 bit per column plus the kept values; x stays in the first-level cache. On AVX-512
 // a step of 32 columns is one 4-byte mask, one load of the next values, one expand and one dot product per vector:
@@ -18,7 +18,8 @@
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
-static const int MAX_VECTORS = 4;  // rows of x that share one pass over the weights
+static const int MAX_VECTORS = 8;  // rows of x that share one pass over the weights
+static const int64_t PREFETCH = 1024;  // bytes of values ahead
 static const int64_t PAD = 64;     // x is padded with zeros to a multiple of this
 
 inline int64_t item_size(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -189,7 +190,8 @@ TARGET_AVX2 inline float sum(__m256 v) {
 TARGET_AVX2 inline void sparse_dot(const Row& row, int64_t kept, int dtype, const Vectors& x, int64_t first, int count,
                                    float* out) {
   const ExpandTable& table = expand_table();
-  __m256 acc[MAX_VECTORS] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  __m256 acc[MAX_VECTORS];
+  for (int b = 0; b < count; b++) acc[b] = _mm256_setzero_ps();
   float tail[8];
   int64_t at = 0;
   for (int64_t k = 0; k < row.bytes; k++) {
@@ -247,33 +249,45 @@ TARGET_AVX512 inline __m512 expand32(const uint8_t*& values, __mmask16 m) {
   return _mm512_maskz_expand_ps(m, packed);
 }
 
-template <int COUNT>
-TARGET_AVX512 inline void sparse_dot(const Row& row, int dtype, const Vectors& x, int64_t first, float* out) {
-  __m512 low[COUNT], high[COUNT];
-  for (int b = 0; b < COUNT; b++) low[b] = high[b] = _mm512_setzero_ps();
-  const uint8_t* values = row.values;
+// ROWS rows share each load of x: eight vectors of 4096 do not fit the first-level cache.
+template <int ROWS, int COUNT>
+TARGET_AVX512 inline void sparse_dots(const Row* rows, int dtype, const Vectors& x, int64_t first, float* out) {
+  __m512 acc[ROWS][COUNT];
+  const uint8_t* values[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    values[r] = rows[r].values;
+    for (int b = 0; b < COUNT; b++) acc[r][b] = _mm512_setzero_ps();
+  }
   const float* x0 = &x.f32[first * x.stride];
-  for (int64_t k = 0; 4 * k < row.bytes; k++) {
-    uint32_t m = 4 * k + 4 <= row.bytes ? *(const uint32_t*)(row.mask + 4 * k) : mask_word(row.mask, k, row.bytes);
-    __m512 w0, w1;
-    if (dtype == F32) {
-      w0 = expand32(values, (__mmask16)m);
-      w1 = expand32(values, (__mmask16)(m >> 16));
-    } else {
-      __m512i w = expand16(values, m);
-      w0 = widen(_mm512_castsi512_si256(w), dtype);
-      w1 = widen(_mm512_extracti64x4_epi64(w, 1), dtype);
+  int64_t bytes = rows[0].bytes;
+  for (int64_t k = 0; 4 * k < bytes; k++) {
+    __m512 low[ROWS], high[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      uint32_t m;
+      if (4 * k + 4 <= bytes) std::memcpy(&m, rows[r].mask + 4 * k, 4);
+      else m = mask_word(rows[r].mask, k, bytes);
+      if (dtype == F32) {
+        low[r] = expand32(values[r], (__mmask16)m);
+        high[r] = expand32(values[r], (__mmask16)(m >> 16));
+      } else {
+        __m512i w = expand16(values[r], m);
+        low[r] = widen(_mm512_castsi512_si256(w), dtype);
+        high[r] = widen(_mm512_extracti64x4_epi64(w, 1), dtype);
+      }
+      _mm_prefetch((const char*)values[r] + PREFETCH, _MM_HINT_T0);
     }
-    _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
     for (int b = 0; b < COUNT; b++) {
-      low[b] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x0 + b * x.stride + 32 * k), low[b]);
-      high[b] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x0 + b * x.stride + 32 * k + 16), high[b]);
+      __m512 x_low = _mm512_loadu_ps(x0 + b * x.stride + 32 * k);
+      __m512 x_high = _mm512_loadu_ps(x0 + b * x.stride + 32 * k + 16);
+      for (int r = 0; r < ROWS; r++)
+        acc[r][b] = _mm512_fmadd_ps(high[r], x_high, _mm512_fmadd_ps(low[r], x_low, acc[r][b]));
     }
   }
-  for (int b = 0; b < COUNT; b++) out[b] = _mm512_reduce_add_ps(_mm512_add_ps(low[b], high[b]));
+  for (int r = 0; r < ROWS; r++)
+    for (int b = 0; b < COUNT; b++) out[r * MAX_VECTORS + b] = _mm512_reduce_add_ps(acc[r][b]);
 }
 
-// bf16 weights and bf16 x, multiplied in pairs.
+// bf16 weights and bf16 x, multiplied in pairs; two accumulators hide the latency of the dot product.
 template <int COUNT>
 TARGET_BF16 inline void sparse_dot_bf16(const Row& row, const Vectors& x, int64_t first, float* out) {
   __m512 even[COUNT], odd[COUNT];
@@ -285,7 +299,7 @@ TARGET_BF16 inline void sparse_dot_bf16(const Row& row, const Vectors& x, int64_
     uint64_t m;
     std::memcpy(&m, row.mask + 4 * k, 8);
     __m512i w0 = expand16(values, (uint32_t)m), w1 = expand16(values, (uint32_t)(m >> 32));
-    _mm_prefetch((const char*)values + 1024, _MM_HINT_T0);
+    _mm_prefetch((const char*)values + PREFETCH, _MM_HINT_T0);
     for (int b = 0; b < COUNT; b++) {
       const uint16_t* at = x0 + b * x.stride + 32 * k;
       even[b] = _mm512_dpbf16_ps(even[b], (__m512bh)w0, (__m512bh)_mm512_loadu_si512(at));
@@ -321,10 +335,17 @@ TARGET_AVX512 inline void expand(const Row& row, int dtype, int64_t d_in, uint8_
     int64_t left = d_in - 32 * k;
     if (dtype == F32) {
       __m512 w0 = expand32(values, (__mmask16)m), w1 = expand32(values, (__mmask16)(m >> 16));
-      _mm512_mask_storeu_ps(out + 128 * k, left >= 16 ? 0xffff : (1u << left) - 1, w0);
-      if (left > 16) _mm512_mask_storeu_ps(out + 128 * k + 64, left >= 32 ? 0xffff : (1u << (left - 16)) - 1, w1);
+      if (left >= 32) {
+        _mm512_storeu_ps(out + 128 * k, w0);
+        _mm512_storeu_ps(out + 128 * k + 64, w1);
+      } else {
+        _mm512_mask_storeu_ps(out + 128 * k, left >= 16 ? 0xffff : (1u << left) - 1, w0);
+        if (left > 16) _mm512_mask_storeu_ps(out + 128 * k + 64, (1u << (left - 16)) - 1, w1);
+      }
     } else {
-      _mm512_mask_storeu_epi16(out + 64 * k, left >= 32 ? ~0u : (1u << left) - 1, expand16(values, m));
+      __m512i w = expand16(values, m);
+      if (left >= 32) _mm512_storeu_si512(out + 64 * k, w);  // a masked store is much slower
+      else _mm512_mask_storeu_epi16(out + 64 * k, (1u << left) - 1, w);
     }
   }
 }
@@ -333,28 +354,51 @@ TARGET_AVX512 inline void expand(const Row& row, int dtype, int64_t d_in, uint8_
 
 // ------------------------------------------------------------------------------------------------- choice by level
 
-inline void sparse_dot(int level, const Row& row, int64_t kept, int dtype, const Vectors& x, int64_t first, int count,
-                       float* out) {
+static const int ROWS_AT_ONCE = 4;
+
+// `n` consecutive rows times `count` vectors from `first` on: out[r * MAX_VECTORS + b]. kept[r] values belong to row r.
+inline void sparse_dots(int level, const Row* rows, const int64_t* kept, int n, int dtype, const Vectors& x,
+                        int64_t first, int count, float* out) {
 #ifdef X86
-  if (level == AVX512_BF16 && dtype == BF16) {
-    switch (count) {
-      case 1: return avx512::sparse_dot_bf16<1>(row, x, first, out);
-      case 2: return avx512::sparse_dot_bf16<2>(row, x, first, out);
-      case 3: return avx512::sparse_dot_bf16<3>(row, x, first, out);
-      default: return avx512::sparse_dot_bf16<4>(row, x, first, out);
-    }
+#define BY_COUNT(call)       \
+  switch (count) {           \
+    case 1: call(1); break;  \
+    case 2: call(2); break;  \
+    case 3: call(3); break;  \
+    case 4: call(4); break;  \
+    case 5: call(5); break;  \
+    case 6: call(6); break;  \
+    case 7: call(7); break;  \
+    default: call(8);        \
+  }
+#define TWO(c) avx512::sparse_dots<2, c>(rows + r, dtype, x, first, out + r * MAX_VECTORS)
+#define ONE(c) avx512::sparse_dots<1, c>(rows + r, dtype, x, first, out + r * MAX_VECTORS)
+  if (level == AVX512_BF16 && dtype == BF16 && count <= 2) {  // with more vectors pairs are slower than fp32
+    for (int r = 0; r < n; r++)
+      count == 1 ? avx512::sparse_dot_bf16<1>(rows[r], x, first, out + r * MAX_VECTORS)
+                 : avx512::sparse_dot_bf16<2>(rows[r], x, first, out + r * MAX_VECTORS);
+    return;
   }
   if (level >= AVX512) {
-    switch (count) {
-      case 1: return avx512::sparse_dot<1>(row, dtype, x, first, out);
-      case 2: return avx512::sparse_dot<2>(row, dtype, x, first, out);
-      case 3: return avx512::sparse_dot<3>(row, dtype, x, first, out);
-      default: return avx512::sparse_dot<4>(row, dtype, x, first, out);
-    }
+    int r = 0;
+    if (count > 2)
+      for (; r + 2 <= n; r += 2) BY_COUNT(TWO)
+    for (; r < n; r++) BY_COUNT(ONE)
+    return;
   }
-  if (level == AVX2) return avx2::sparse_dot(row, kept, dtype, x, first, count, out);
+#undef BY_COUNT
+#undef TWO
+#undef ONE
 #endif
-  portable::sparse_dot(row, dtype, x, first, count, out);
+  for (int r = 0; r < n; r++) {
+#ifdef X86
+    if (level == AVX2) {
+      avx2::sparse_dot(rows[r], kept[r], dtype, x, first, count, out + r * MAX_VECTORS);
+      continue;
+    }
+#endif
+    portable::sparse_dot(rows[r], dtype, x, first, count, out + r * MAX_VECTORS);
+  }
 }
 
 inline float dense_dot(int level, const void* w, int dtype, const float* x, int64_t n) {

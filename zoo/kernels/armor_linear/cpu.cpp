@@ -23,14 +23,21 @@ extern "C" void slimzoo_armor_linear(const void* x, const void* wrap_in, const v
     std::vector<float> v(n * b_out);
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < d_out / b_out; m++) {
-      for (int64_t i = 0; i < b_out; i++) {
-        int64_t row = m * b_out + i;
-        Row s{(const uint8_t*)values + row * per_row * item, mask + row * bytes, bytes};
-        float out[MAX_VECTORS];
+      for (int64_t i = 0; i < b_out; i += ROWS_AT_ONCE) {
+        int rows = (int)std::min<int64_t>(ROWS_AT_ONCE, b_out - i);
+        Row group[ROWS_AT_ONCE];
+        int64_t kept[ROWS_AT_ONCE];
+        for (int r = 0; r < rows; r++) {
+          int64_t row = m * b_out + i + r;
+          group[r] = {(const uint8_t*)values + row * per_row * item, mask + row * bytes, bytes};
+          kept[r] = per_row;
+        }
+        float out[ROWS_AT_ONCE * MAX_VECTORS];
         for (int64_t first = 0; first < n; first += MAX_VECTORS) {
           int count = (int)std::min<int64_t>(MAX_VECTORS, n - first);
-          sparse_dot(level, s, per_row, dtype, u, first, count, out);
-          for (int j = 0; j < count; j++) v[(first + j) * b_out + i] = out[j];
+          sparse_dots(level, group, kept, rows, dtype, u, first, count, out);
+          for (int r = 0; r < rows; r++)
+            for (int j = 0; j < count; j++) v[(first + j) * b_out + i + r] = out[r * MAX_VECTORS + j];
         }
       }
       for (int64_t i = 0; i < b_out; i++) {

@@ -28,12 +28,19 @@ extern "C" void slimzoo_bitmask_linear(const void* x, const void* values, const 
   Vectors vectors(n, d_in);
   vectors.fill(x, dtype);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < d_out; i++) {
-    float b = bias ? load_float(bias, i, dtype) : 0, out[MAX_VECTORS];
+  for (int64_t g = 0; g < (d_out + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE; g++) {
+    int64_t i = g * ROWS_AT_ONCE, kept[ROWS_AT_ONCE];
+    int rows = (int)std::min<int64_t>(ROWS_AT_ONCE, d_out - i);
+    Row group[ROWS_AT_ONCE];
+    for (int r = 0; r < rows; r++) group[r] = w.row(i + r), kept[r] = w.kept(i + r);
+    float out[ROWS_AT_ONCE * MAX_VECTORS];
     for (int64_t first = 0; first < n; first += MAX_VECTORS) {
       int count = (int)std::min<int64_t>(MAX_VECTORS, n - first);
-      sparse_dot(level, w.row(i), w.kept(i), dtype, vectors, first, count, out);
-      for (int j = 0; j < count; j++) store_float(y, (first + j) * d_out + i, out[j] + b, dtype);
+      sparse_dots(level, group, kept, rows, dtype, vectors, first, count, out);
+      for (int r = 0; r < rows; r++)
+        for (int j = 0; j < count; j++)
+          store_float(y, (first + j) * d_out + i + r,
+                      out[r * MAX_VECTORS + j] + (bias ? load_float(bias, i + r, dtype) : 0), dtype);
     }
   }
 }

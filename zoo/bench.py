@@ -1,0 +1,230 @@
+"""Speed in one run: kernels against torch's dense linear, and a 1 B model end to end. `make bench`, or
+
+python -m zoo.bench [--quick] [--output runs/bench.json]
+
+Rivals take turns within each round and medians are compared, so that a busy machine slows all alike. Weights rotate
+through copies that together exceed the last-level cache. `fraction_of_bound` is bytes / measured read bandwidth / time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from .kernels.armor_linear import armor_linear
+from .kernels.bitmask_linear import bitmask_linear
+from .kernels.bitmask_linear.reference import pack_bitmask
+from .kernels.block_diagonal_linear import block_diagonal_linear
+from .kernels.build import LEVELS, level
+from .layers.packing import pack_linears
+
+SHAPES = [(4096, 4096), (11008, 4096)]
+BLOCK = 64
+CACHE_BYTES = 128 << 20  # more than any last-level cache the copies could hide in
+ONE_B = LlamaConfig(  # random weights, 1.0 B parameters
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=32000,
+    tie_word_embeddings=False,
+)
+
+
+def rounds(rivals: dict[str, Callable[[int], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each rival; every round runs all of them, each with the round's number as its argument."""
+    for run in rivals.values():
+        run(0)
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for index in range(repeats):
+        for name, run in rivals.items():
+            begin = time.perf_counter()
+            run(index)
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all threads together read from memory: the best of ten sums over 512 MiB."""
+    data = torch.ones(128 << 20, dtype=torch.float32)
+    data.sum()
+    best = min(rounds({f"{i}": lambda _: data.sum()}, 1)[f"{i}"] for i in range(10))
+    return data.nbytes / best
+
+
+def two_of_four(d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """(values bf16, mask) of a random 2:4 weight."""
+    keep = (torch.rand(d_out, d_in // 4, 4).argsort(-1) < 2).view(d_out, d_in)
+    values, mask, _ = pack_bitmask(torch.randn(d_out, d_in).bfloat16(), keep, per_row=d_in // 2)
+    return values, mask
+
+
+def bench_kernels(d_out: int, d_in: int, batch: int, bandwidth: float, repeats: int) -> list[dict]:
+    """Rows for bitmask_linear and armor_linear in bf16 against torch's dense linear in bf16 and fp32."""
+    copies = max(2, -(-CACHE_BYTES // (d_out * d_in)))
+    dense = [torch.randn(d_out, d_in) for _ in range(copies)]
+    dense16 = [w.bfloat16() for w in dense]
+    packed = [two_of_four(d_out, d_in) for _ in range(copies)]
+    wrap_in = [(torch.randn(d_in // BLOCK, BLOCK, BLOCK) / 8).bfloat16() for _ in range(copies)]
+    wrap_out = [(torch.randn(d_out // BLOCK, BLOCK, BLOCK) / 8).bfloat16() for _ in range(copies)]
+    x = torch.randn(batch, d_in)
+    x16 = x.bfloat16()
+    linear = nn.functional.linear
+    seconds = rounds(
+        {
+            "torch bf16": lambda i: linear(x16, dense16[i % copies]),
+            "torch fp32": lambda i: linear(x, dense[i % copies]),
+            "bitmask_linear": lambda i: bitmask_linear(x16, *packed[i % copies]),
+            "armor_linear": lambda i: armor_linear(x16, wrap_in[i % copies], *packed[i % copies], wrap_out[i % copies]),
+            "block_diagonal_linear": lambda i: block_diagonal_linear(x16, wrap_in[i % copies]),
+        },
+        repeats,
+    )
+    core = sum(t.nbytes for t in packed[0])
+    sizes = {
+        "bitmask_linear": core,
+        "armor_linear": core + wrap_in[0].nbytes + wrap_out[0].nbytes,
+        "block_diagonal_linear": wrap_in[0].nbytes,
+    }
+    return [
+        {
+            "op": op,
+            "shape": [d_out, d_in],
+            "dtype": "bfloat16",
+            "batch": batch,
+            "seconds": seconds[op],
+            "bytes": size,
+            "fraction_of_bound": size / bandwidth / seconds[op],
+            "ratio_to": {peer: seconds[peer] / seconds[op] for peer in ("torch bf16", "torch fp32")},
+        }
+        for op, size in sizes.items()
+    ]
+
+
+def build_model(kind: str) -> nn.Module:
+    """A random LLaMA-shaped model of 1 B parameters: dense_bf16, dense_fp32, or armor with random 2:4 cores."""
+    dtype = torch.float32 if kind == "dense_fp32" else torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(ONE_B, dtype=dtype)
+        if kind == "armor":
+            spec = {"format": "armor", "block_in": BLOCK, "block_out": BLOCK, "pattern": [2, 4]}
+            linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+            pack_linears(model, dict.fromkeys(linears, spec))
+    rotary = type(model.model.rotary_emb)(ONE_B)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = rotary
+    for module in model.modules():
+        if hasattr(module, "core_values"):
+            values, mask = two_of_four(module.out_features, module.in_features)
+            module.reset_parameters()
+            module.core_values.copy_(values * 0.02)
+            module.core_mask.copy_(mask)
+        else:
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    return model.eval()
+
+
+@torch.inference_mode()
+def run_model(kind: str, new_tokens: int, repeats: int) -> dict:
+    """Greedy decoding at batch 1 after a prompt of 32 tokens, and a prompt of 512: medians, and the peak memory."""
+    model = build_model(kind)
+    decode, prefill = [], []
+    for _ in range(repeats):
+        out = model(torch.randint(0, 32000, (1, 32)), use_cache=True)
+        begin = time.perf_counter()
+        for _ in range(new_tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        decode.append((time.perf_counter() - begin) / new_tokens)
+        begin = time.perf_counter()
+        model(torch.randint(0, 32000, (1, 512)), logits_to_keep=1)
+        prefill.append(time.perf_counter() - begin)
+    return {
+        "decode": statistics.median(decode),
+        "prefill": statistics.median(prefill),
+        "bytes": sum(t.nbytes for t in model.parameters()),
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def bench_model(bandwidth: float, quick: bool) -> list[dict]:
+    """The end-to-end rows; every kind runs in a process of its own, twice in turn, and the better half counts."""
+    kinds = ("dense_bf16", "dense_fp32", "armor")
+    runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    for _ in range(1 if quick else 2):
+        for kind in kinds:
+            command = [sys.executable, "-m", "zoo.bench", "--model", kind, "--tokens", "8" if quick else "24"]
+            runs[kind].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    best = {kind: min(results, key=lambda r: r["decode"]) for kind, results in runs.items()}
+    prefill = {kind: min(r["prefill"] for r in results) for kind, results in runs.items()}
+    rows = []
+    for phase, seconds in (("decode", {k: r["decode"] for k, r in best.items()}), ("prefill", prefill)):
+        rows.append(
+            {
+                "op": f"1 B model, {phase}",
+                "shape": [ONE_B.num_hidden_layers, ONE_B.hidden_size, ONE_B.intermediate_size],
+                "dtype": "bfloat16",
+                "batch": 1 if phase == "decode" else 512,
+                "seconds": seconds["armor"],
+                "bytes": best["armor"]["bytes"],
+                "fraction_of_bound": best["armor"]["bytes"] / bandwidth / seconds["armor"],
+                "ratio_to": {kind: seconds[kind] / seconds["armor"] for kind in kinds[:2]},
+                "tokens_per_second": {
+                    kind: (1 if phase == "decode" else 512) / seconds[kind] for kind in kinds
+                },
+                "peak_rss_bytes": {kind: best[kind]["peak_rss"] for kind in kinds},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: figures are rough")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
+    parser.add_argument("--model", choices=["dense_bf16", "dense_fp32", "armor"], help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=24, help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.model:
+        print(json.dumps(run_model(flags.model, flags.tokens, repeats=3)))
+        return
+    bandwidth = read_bandwidth()
+    print(f"{torch.get_num_threads()} threads, {LEVELS[level()]}, reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'op':24}{'shape':>14}{'batch':>7}{'of bound':>10}{'x torch bf16':>14}{'x torch fp32':>14}")
+    rows = []
+    for d_out, d_in in SHAPES:
+        for batch in (1, 8, 512):
+            repeats = 3 if flags.quick else 40 if batch < 512 else 7
+            rows += bench_kernels(d_out, d_in, batch, bandwidth, repeats)
+            show(rows[-3:])
+    rows += bench_model(bandwidth, flags.quick)
+    show(rows[-2:])
+    for kind, peak in rows[-1]["peak_rss_bytes"].items():
+        print(f"peak memory {kind}: {peak / 2**30:.2f} GiB")
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    flags.output.write_text(json.dumps(rows, indent=1) + "\n")
+    print(flags.output)
+
+
+def show(rows: list[dict]) -> None:
+    for row in rows:
+        shape, (bf16, fp32) = "x".join(map(str, row["shape"])), row["ratio_to"].values()
+        bound = f"{100 * row['fraction_of_bound']:.0f} %"
+        print(f"{row['op']:24}{shape:>14}{row['batch']:>7}{bound:>10}{bf16:>14.2f}{fp32:>14.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
