@@ -182,9 +182,7 @@ def bench_model(bandwidth: float, quick: bool) -> list[dict]:
                 "bytes": best["armor"]["bytes"],
                 "fraction_of_bound": best["armor"]["bytes"] / bandwidth / seconds["armor"],
                 "ratio_to": {kind: seconds[kind] / seconds["armor"] for kind in kinds[:2]},
-                "tokens_per_second": {
-                    kind: (1 if phase == "decode" else 512) / seconds[kind] for kind in kinds
-                },
+                "tokens_per_second": {kind: (1 if phase == "decode" else 512) / seconds[kind] for kind in kinds},
                 "peak_rss_bytes": {kind: best[kind]["peak_rss"] for kind in kinds},
             }
         )

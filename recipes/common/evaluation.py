@@ -112,27 +112,46 @@ def run_tasks(
             lm-eval's own tasks, which it downloads.
         limit: the first `limit` items of each task; None for all.
         seed: of lm-eval's few-shot sampling; the local tasks are zero-shot and do not depend on it.
+
+    Raises:
+        UserError: a task is unknown, or its data cannot be fetched.
     """
     from lm_eval.tasks import TaskManager
 
+    check_tasks(tasks)
+    local = [local_task(name) for name in tasks if name in LOCAL_TASKS]
+    foreign = [name for name in tasks if name not in LOCAL_TASKS]
+    scores: dict[str, dict] = {}
     with _quiet_lm_eval():
-        foreign = [name for name in tasks if name not in LOCAL_TASKS]
-        manager = TaskManager(include_defaults=bool(foreign))
-        for name in foreign:
-            if name not in manager.all_tasks:
-                raise UserError(
-                    f"--tasks {name}: no such task; there are {', '.join(LOCAL_TASKS)} and, with a hub, lm-eval's own."
-                )
-        wanted = [local_task(name) if name in LOCAL_TASKS else name for name in tasks]
-        results = _evaluate(model, tokenizer, wanted, manager, limit, seed)
-    return {key: value for name in tasks for key, value in _scores(results, name)}
+        if local:  # apart from the others: lm-eval would merge a task of ours with its own of the same name
+            scores |= _evaluate(model, tokenizer, local, TaskManager(include_defaults=False), limit, seed)
+        try:
+            if foreign:
+                scores |= _evaluate(model, tokenizer, foreign, TaskManager(), limit, seed)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--tasks {', '.join(foreign)}: the data cannot be fetched ({reason}).") from None
+    return {key: scores[key] for name in tasks for key in scores if key.partition("/")[2] == name}
 
 
-def _evaluate(model: nn.Module, tokenizer, tasks: list, manager, limit: int | None, seed: int) -> dict:
+def check_tasks(tasks: list[str]) -> None:
+    """Raises UserError for a name that is neither a local task nor one of lm-eval's; nothing is downloaded."""
+    from lm_eval.tasks import TaskManager
+
+    foreign = [name for name in tasks if name not in LOCAL_TASKS]
+    known = TaskManager().all_tasks if foreign else []
+    for name in foreign:
+        if name not in known:
+            raise UserError(
+                f"--tasks {name}: no such task; there are {', '.join(LOCAL_TASKS)} and, with a hub, lm-eval's own."
+            )
+
+
+def _evaluate(model: nn.Module, tokenizer, tasks: list, manager, limit: int | None, seed: int) -> dict[str, dict]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    return simple_evaluate(
+    results = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=TASK_BATCH, backend="causal"),
         tasks=tasks,
         task_manager=manager,
@@ -144,6 +163,8 @@ def _evaluate(model: nn.Module, tokenizer, tasks: list, manager, limit: int | No
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
+    names = [task["task"] if isinstance(task, dict) else task for task in tasks]
+    return {key: value for name in names for key, value in _scores(results, name)}
 
 
 def local_task(name: str) -> dict:
@@ -181,8 +202,7 @@ def read_items(name: str) -> list[dict]:
 
 def _scores(results: dict, task: str) -> Iterator[tuple[str, dict]]:
     """lm-eval's result of one task or group as our metrics; a filter other than "none" becomes part of the name."""
-    members = results.get("group_subtasks", {}).get(task) or [task]
-    n = sum(results["n-samples"][member]["effective"] for member in members if member in results["n-samples"])
+    n = _items(results, task)
     for key, value in results["results"][task].items():
         name, _, filtered = key.partition(",")
         if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
@@ -193,6 +213,14 @@ def _scores(results: dict, task: str) -> Iterator[tuple[str, dict]]:
         unit = "ppl" if "perplexity" in name else "fraction"
         label = name if filtered == "none" else f"{name}-{filtered}"
         yield f"{label}/{task}", metric(value, spread, n, "items", unit, better)
+
+
+def _items(results: dict, task: str) -> int:
+    """Items of a task, or of all tasks in a group of tasks and groups."""
+    members = results.get("group_subtasks", {}).get(task)
+    if members:
+        return sum(_items(results, member) for member in members)
+    return results["n-samples"][task]["effective"]
 
 
 @contextmanager

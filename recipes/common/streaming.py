@@ -316,12 +316,15 @@ def compress_blocks(
     Args: tokens (N, T) calibration windows; `workers` matrices are compressed side by side, each on one thread, so
     that results depend neither on `workers` nor on `world` (ranks share out the matrices and meet at `barrier`).
     """
+    blocks = blocks or range(len(model))
+    modules = [name for index in blocks for name in select_linears(model, index, include, ignore)]
+    if all(store.has(method.name, name) for method in methods for name in modules):
+        return  # a resumed run that was interrupted later
     keep_freed_memory()
     streams = {"dense": model.embed(tokens, batch)}
     for method in methods:
         if method.inputs == "compressed":
             streams[method.name] = streams["dense"].clone()
-    blocks = blocks or range(len(model))
     progress = tqdm(blocks, desc="blocks", disable=None if rank == 0 else True)
     for index in progress:
         started = time.perf_counter()

@@ -62,9 +62,7 @@ def randomise(f, seed=0):
 def test_1_init_is_nowag():
     W, stats = problem()
     f, W_bar, d, r1, r2 = start(W, stats)
-    torch.testing.assert_close(
-        block_diag_product(*denormalise(f, r1, r2)), nowag(W, stats, (2, 4)), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(block_diag_product(*denormalise(f, r1, r2)), nowag(W, stats, (2, 4)), atol=1e-6, rtol=0)
     dropped = (W_bar.square() * d)[~f.M].sum() / (W_bar.square() * d).sum()
     torch.testing.assert_close(loss(f, W_bar, d), dropped)
 
@@ -185,9 +183,7 @@ def test_5_best_iterate_is_returned(select):
     for lr, bound in ((10.0, 1.0), (1e-2, 0.8)):
         f, W_bar, d, *_ = start(W, stats)
         before = loss(f, W_bar, d).item()
-        first, final = optimise(
-            f, W_bar, d, options(iters=60, lr=lr, select=select), torch.Generator().manual_seed(0)
-        )
+        first, final = optimise(f, W_bar, d, options(iters=60, lr=lr, select=select), torch.Generator().manual_seed(0))
         assert first == pytest.approx(before, rel=1e-5)
         assert final == pytest.approx(loss(f, W_bar, d).item(), rel=1e-3)
         assert final <= bound * first

@@ -188,6 +188,30 @@ def test_smollm2_is_better_than_chance_at_similarities(smollm2):
     assert entry["value"] > 0.25 + 2 * entry["spread"]
 
 
+def test_results_of_groups_and_filters_become_metrics():
+    results = {
+        "results": {
+            "mmlu": {"alias": "mmlu", "acc,none": 0.5, "acc_stderr,none": 0.1},
+            "gsm8k": {"exact_match,strict-match": 0.2, "exact_match_stderr,strict-match": "N/A", "sample_len": 4},
+            "wikitext": {"word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"},
+        },
+        "group_subtasks": {"mmlu": ["a", "stem"], "stem": ["b"], "gsm8k": []},
+        "n-samples": {name: {"original": 99, "effective": n} for name, n in zip("ab", (3, 4), strict=True)}
+        | {"gsm8k": {"effective": 5}, "wikitext": {"effective": 6}},
+        "higher_is_better": {
+            "mmlu": {"acc": True},
+            "gsm8k": {"exact_match": True},
+            "wikitext": {"word_perplexity": False},
+        },
+    }
+    entries = {key: m for name in results["results"] for key, m in evaluation._scores(results, name)}
+    assert {key: (m["value"], m["spread"], m["n"], m["unit"], m["higher_is_better"]) for key, m in entries.items()} == {
+        "acc/mmlu": (0.5, 0.1, 7, "fraction", True),
+        "exact_match-strict-match/gsm8k": (0.2, None, 5, "fraction", True),
+        "word_perplexity/wikitext": (12.5, None, 6, "ppl", False),
+    }
+
+
 def test_an_unknown_task_is_told_with_those_there_are(smollm2):
     with pytest.raises(
         UserError, match="--tasks step_inferense: no such task; there are step_inference, goal_inference"

@@ -123,7 +123,13 @@ def test_views_leading_dimensions_and_what_lies_around(level, rows):
     expected = bitmask_definition(x, values, mask, bias)
     close(bitmask_linear(x, shifted, mask, bias), expected, x, torch.float32, 68)
     close(bitmask_linear(x[0], values, mask, bias), expected[0], x, torch.float32, 68)
-    close(bitmask_linear(x.view(2, -1, 68) if x.is_contiguous() else x[None], values, mask), expected[None] - bias, x, torch.float32, 68)
+    close(
+        bitmask_linear(x.view(2, -1, 68) if x.is_contiguous() else x[None], values, mask),
+        expected[None] - bias,
+        x,
+        torch.float32,
+        68,
+    )
 
 
 def test_packing_is_the_identity_and_bits_are_little_endian():

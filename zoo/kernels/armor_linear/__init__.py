@@ -11,9 +11,7 @@ from ..ops import SKINNY, check, check_floats, define, linear_shape
 from .reference import armor_linear as armor_linear_reference
 
 
-def _compute(
-    x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None
-) -> Tensor:
+def _compute(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None) -> Tensor:
     lib = library("armor_linear") if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
         return armor_linear_reference(x, wrap_in, values, mask, wrap_out, bias)

@@ -145,9 +145,7 @@ if is_triton_available():
         store_rows(y, total, bias, rows, tokens, n_tokens, d_out)
 
     @triton.jit
-    def expand_kernel(
-        values, mask, row_offsets, dense, d_out, d_in, per_row, ROWS: tl.constexpr, COLS: tl.constexpr
-    ):
+    def expand_kernel(values, mask, row_offsets, dense, d_out, d_in, per_row, ROWS: tl.constexpr, COLS: tl.constexpr):
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         start = row_starts(row_offsets, rows, d_out, per_row)
         for column in range(0, d_in, COLS):
