@@ -45,14 +45,14 @@ class Repository:
 
 
 class Hub:
-    """The state of the double. `fail_next_commit` refuses a commit after its files were stored, once."""
+    """The state of the double. With `refuse_commits` an upload ends after its files were stored."""
 
     def __init__(self, xet: Path | None):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.xet = xet
         self.requests: list[tuple[str, str]] = []
-        self.fail_next_commit = False
+        self.refuse_commits = False
         self.url = ""
 
     def xet_hash(self, sha256: str) -> str | None:
@@ -240,9 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200 if match["sha256"] in self.hub.blobs else 404)
 
     def commit(self, repository, match, content) -> None:
-        if self.hub.fail_next_commit:
-            self.hub.fail_next_commit = False
-            self.close_connection = True
+        if self.hub.refuse_commits:
             return self.refuse(400, "Interrupted")  # the client retries 5xx by itself
         files = dict(repository.head[1])
         for line in content.splitlines():
