@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.utils import is_triton_available
 
 NAMESPACE = "slimzoo"
 SKINNY = 16  # rows of x up to which a product is read straight from the packed weight
@@ -38,6 +39,11 @@ def define(
 def linear_shape(x: Tensor, d_out: int) -> Tensor:
     """An empty result (..., d_out) for x (..., d_in)."""
     return x.new_empty(*x.shape[:-1], d_out)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the Triton kernels run: x is on a CUDA device and triton is installed."""
+    return x.is_cuda and is_triton_available()
 
 
 def check(condition: bool, message: str) -> None:

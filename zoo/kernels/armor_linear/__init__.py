@@ -7,11 +7,14 @@ from ..bitmask_linear import bitmask_linear
 from ..bitmask_linear.reference import unpack_bitmask
 from ..block_diagonal_linear import block_diagonal_linear
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape
+from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu
+from .gpu import armor_linear_triton
 from .reference import armor_linear as armor_linear_reference
 
 
 def _compute(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None) -> Tensor:
+    if on_gpu(x):
+        return armor_linear_triton(x, wrap_in, values, mask, wrap_out, bias)
     lib = library("armor_linear") if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
         return armor_linear_reference(x, wrap_in, values, mask, wrap_out, bias)

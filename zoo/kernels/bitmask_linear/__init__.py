@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape
+from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu
+from .gpu import bitmask_linear_triton
 from .reference import bitmask_linear as bitmask_linear_reference
 from .reference import unpack_bitmask
 
@@ -14,6 +15,8 @@ TILE_BYTES = 32 << 20  # of expanded weight at a time; smaller tiles cost the de
 
 
 def _compute(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, row_offsets: Tensor | None) -> Tensor:
+    if on_gpu(x):
+        return bitmask_linear_triton(x, values, mask, bias, row_offsets)
     lib = library("bitmask_linear") if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
         return bitmask_linear_reference(x, values, mask, bias, row_offsets)

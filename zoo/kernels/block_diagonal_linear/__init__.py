@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define
+from ..ops import SKINNY, check, check_floats, define, on_gpu
+from .gpu import block_diagonal_linear_triton
 from .reference import block_diagonal_linear as block_diagonal_linear_reference
 
 
 def _compute(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    if on_gpu(x):
+        return block_diagonal_linear_triton(x, blocks, bias)
     lib = library("block_diagonal_linear") if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
         return block_diagonal_linear_reference(x, blocks, bias)
