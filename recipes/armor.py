@@ -29,7 +29,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recipes.common.layerwise import LayerwiseRecipe
 from recipes.common.pruners import (
@@ -202,6 +202,19 @@ class Armor(LayerwiseRecipe):
         if self.method == "armor":
             methods.append(Method("sparsegpt+rank", corrected, "compressed"))
         return methods
+
+    def baseline_rows(self, modules: dict[str, nn.Linear], names: list[str]) -> dict[str, list[dict]]:
+        """Plain N:M weights; with A and B, or as many parameters of a low-rank correction, where the name says so."""
+        rows = {}
+        for name in names:
+            rows[name] = []
+            for module in modules.values():
+                shape = {"d_out": module.out_features, "d_in": module.in_features, "pattern": [self.n, self.m]}
+                if name == "armor-no-refit" or name.endswith("+rank"):
+                    b_out, b_in = self.blocks(module.out_features, module.in_features)
+                    shape |= {"block_out": b_out, "block_in": b_in}
+                rows[name].append(shape)
+        return rows
 
     def method_flops(self, weights: int) -> float:
         """Section 5: 3 forward equivalents of 2 (b_out + b_in) per weight and iteration, as much again element-wise."""

@@ -26,8 +26,10 @@ from recipes.common.evaluation import compare_speed, perplexity, ratio, run_task
 from recipes.common.pruners import LayerStats
 from recipes.common.runner import Recipe, cached_json, check_resources, open_state, world
 from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks, select_linears
+from recipes.common.tools import export_as
 from zoo.checkpoint import write_checkpoint
 from zoo.errors import UserError
+from zoo.hub import publish
 
 EVALUATION_TEXTS = ("A", "B", "C")
 BATCH = 4  # calibration windows that run through a block together
@@ -93,7 +95,6 @@ class LayerwiseRecipe(Recipe):
     # ------------------------------------------------------------------------------------------ the whole run
 
     def run(self) -> Path:
-        started = time.perf_counter()
         processes = world(self.device)
         base = resolve_model(self.model, self.revision)
         streamed = StreamedModel(base.path, self.device)
@@ -134,7 +135,7 @@ class LayerwiseRecipe(Recipe):
         self.seed = min(tokens)
         if processes.rank != 0:
             return self.output_path
-        return self.finish(base, tokenizer, text, modules, methods, state, started)
+        return self.finish(base, tokenizer, text, modules, methods, state)
 
     def modules(self, streamed: StreamedModel) -> dict[str, nn.Linear]:
         """The linears to compress, checked one by one (shapes only: they are on the meta device)."""
@@ -195,7 +196,7 @@ class LayerwiseRecipe(Recipe):
         """Floating-point operations of the method itself on `weights` weights."""
         return 0.0
 
-    def finish(self, base: BaseModel, tokenizer, text, modules, methods, state: Path, started: float) -> Path:
+    def finish(self, base: BaseModel, tokenizer, text, modules, methods, state: Path) -> Path:
         """Checkpoints, evaluation, report, card; then the output appears."""
         seeds = range(self.seed, self.seed + self.seeds)
         for seed in seeds:
@@ -214,10 +215,11 @@ class LayerwiseRecipe(Recipe):
         settings = self.settings()
 
         def measure(load: Callable[[], nn.Module], key: str) -> dict:
-            print(f"measuring {key}")
-            return cached_json(
-                state / "measured" / f"{key}.json", lambda: measure_model(load(), tokenizer, texts, settings)
-            )
+            def make() -> dict:
+                print(f"measuring {key}", flush=True)
+                return measure_model(load(), tokenizer, texts, settings)
+
+            return cached_json(state / "measured" / f"{key}.json", make)
 
         dense = measure(partial(load_fp32, base.path), "dense")
         compressed = [
@@ -246,14 +248,13 @@ class LayerwiseRecipe(Recipe):
             speed=speed,
             folder=folder,
             layers=self.layer_rows(modules, MatrixStore(state / f"seed-{seeds[0]}")),
-            seconds=time.perf_counter() - started,
+            baseline_layers=self.baseline_rows(modules, list(baselines)),
+            seconds=time.time() - (state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
             seeds=list(seeds),
         )
         reports.write(report, folder)
         print(reports.render_table(report))
         output = self.output_path
-        if self.export:
-            from recipes.common.tools import export_as
         for kind in self.export:
             export_as(folder, output.with_name(f"{output.name}-{kind}" + (".gguf" if "gguf" in kind else "")), kind)
         if output.exists():
@@ -261,8 +262,6 @@ class LayerwiseRecipe(Recipe):
         folder.rename(output)
         shutil.rmtree(state)
         if self.push_to_hub:
-            from zoo.hub import publish
-
             print(publish(output, self.push_to_hub))
         return output
 
@@ -313,6 +312,10 @@ class LayerwiseRecipe(Recipe):
                 | {key: fact[key] for key in ("loss_init", "loss_final", "output_error")}
             )
         return rows
+
+    def baseline_rows(self, modules: dict[str, nn.Linear], names: list[str]) -> dict[str, list[dict]]:
+        """How each baseline's matrices would be packed, for the sizes in the report; those without a row are left out."""
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------- measuring

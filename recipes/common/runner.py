@@ -88,9 +88,8 @@ def module_seed(seed: int, name: str) -> int:
 def open_state(recipe: Recipe) -> Path:
     """Creates or reopens the state folder. Refuses an existing output and a state of other settings."""
     output, state = recipe.output_path, recipe.state_path
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        if not recipe.overwrite:
-            raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]) and not recipe.overwrite:
+        raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
     settings = state / "recipe.yaml"
     if settings.exists() and not recipe.overwrite:
         if not recipe.resume:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from recipes.common.export import export_dense, export_gguf
 from zoo.errors import UserError
+from zoo.hub import publish as publish_folder
+from zoo.verify import verify as verify_folder
 
 EXPORTS = ("dense", "gguf-f16", "gguf-q8_0")
 
@@ -17,8 +19,7 @@ def verify(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="a checkpoint folder")
     parser.add_argument("--static", action="store_true", help="check files, sizes and card only; measure nothing")
     flags = parser.parse_args(arguments)
-    from recipes.common.layerwise import remeasure
-    from zoo.verify import verify as verify_folder
+    from recipes.common.layerwise import remeasure  # layerwise itself exports through this module
 
     findings = verify_folder(flags.folder, None if flags.static else remeasure)
     for finding in findings:
@@ -35,8 +36,6 @@ def publish(arguments: list[str]) -> None:
     parser.add_argument("--tag", help="also tag the commit, for from_pretrained(..., revision=TAG)")
     parser.add_argument("--private", action="store_true", help="create the repository private")
     flags = parser.parse_args(arguments)
-    from zoo.hub import publish as publish_folder
-
     print(publish_folder(flags.folder, flags.repo, tag=flags.tag, private=flags.private))
 
 

@@ -99,7 +99,9 @@ def encode(tokenizer, prompt: str) -> torch.Tensor:
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt").input_ids
     chat = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    return tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
 
 
 def build(checkpoint: Path, dense: str) -> gr.Blocks:
@@ -163,7 +165,9 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="ARMOR checkpoint: a folder or a Hub id (default: runs/armor, else the Hub)")
+    parser.add_argument(
+        "--checkpoint", help="ARMOR checkpoint: a folder or a Hub id (default: runs/armor, else the Hub)"
+    )
     parser.add_argument("--dense", help="the base model: a folder or a Hub id (default: the one in the report)")
     flags = parser.parse_args()
     checkpoint = find_checkpoint(flags.checkpoint)

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
-from tiny_models import Packing, make_base  # noqa: E402
+from tiny_models import Packing, make_base
 
-from recipes.common.base_models import resolve_model  # noqa: E402
-from recipes.common.export import export_dense, export_gguf, pre_tokenizer_name  # noqa: E402
-from zoo.errors import UserError  # noqa: E402
+from recipes.common.base_models import resolve_model
+from recipes.common.export import export_dense, export_gguf, pre_tokenizer_name
+from zoo.errors import UserError
 
 IDS = torch.tensor([[5, 60, 7, 200, 31, 9, 101, 77]])
 

@@ -1,5 +1,6 @@
 """Checkpoint folders, with slimzoo installed: what is written, what from_pretrained gives back, what is refused."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -485,6 +487,15 @@ def test_bundle_is_flat_and_holds_only_what_the_model_needs(checkpoint):
     assert all(old.startswith("from .") and new.startswith("from .slimzoo_") for old, new in differing)
 
 
+def copied_bundler(folder: Path, line: str):
+    """The bundler of a copy of the package, called folder.name, in which layers/armor.py has one more line."""
+    package = sys.modules[folder.name] = types.ModuleType(folder.name)  # its __init__ would register classes
+    package.__path__ = [str(shutil.copytree(Path(zoo.__file__).parent, folder / "zoo"))]
+    with (folder / "zoo" / "layers" / "armor.py").open("a") as file:
+        file.write(f"\n{line}\n")
+    return importlib.import_module(f"{folder.name}.bundle")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -496,23 +507,20 @@ def test_bundle_is_flat_and_holds_only_what_the_model_needs(checkpoint):
     ],
 )
 def test_bundle_refuses_what_would_not_load_elsewhere(tmp_path, line, message):
-    package = shutil.copytree(Path(zoo.__file__).parent, tmp_path / "copy")
-    with (package / "layers" / "armor.py").open("a") as file:
-        file.write(f"\n{line}\n")
-    spec = importlib.util.spec_from_file_location("copy.bundle", package / "bundle.py")
-    bundle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bundle)
-    (tmp_path / "out").mkdir()
+    bundler = copied_bundler(tmp_path, line)
     with pytest.raises(ImportError, match=message):
-        bundle.write_bundle(tmp_path / "out", "copy.models.llama")
+        bundler.write_bundle(tmp_path, f"{tmp_path.name}.models.llama")
 
 
 def test_bundle_allows_guarded_imports(tmp_path):
-    package = shutil.copytree(Path(zoo.__file__).parent, tmp_path / "copy")
-    with (package / "layers" / "armor.py").open("a") as file:
-        file.write("\ntry:\n    import yaml\nexcept ImportError:\n    yaml = None\n")
-    spec = importlib.util.spec_from_file_location("copy.bundle", package / "bundle.py")
-    bundle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bundle)
-    (tmp_path / "out").mkdir()
-    assert bundle.write_bundle(tmp_path / "out", "copy.models.llama")
+    bundler = copied_bundler(tmp_path, "try:\n    import yaml\nexcept ImportError:\n    yaml = None")
+    assert bundler.write_bundle(tmp_path, f"{tmp_path.name}.models.llama")
+
+
+def test_bundle_carries_every_kernel_source(checkpoint):
+    spec = importlib.util.spec_from_file_location("carried", checkpoint / "slimzoo_kernels_sources.py")
+    carried = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(carried)
+    kernels = Path(zoo.__file__).parent / "kernels"
+    wanted = {path.relative_to(kernels).as_posix(): path.read_text() for path in kernels.rglob("*.[ch]pp")}
+    assert wanted and wanted == {path: carried.source(path) for path in carried.all_sources()}

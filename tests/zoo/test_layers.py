@@ -71,6 +71,16 @@ def test_half_precision_follows_the_weight_and_masks_keep_their_type(kind, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind):
+    layer, _ = example(kind)
+    x = torch.randn(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, rounded = layer(x), layer(x.bfloat16())
+    assert torch.equal(found, layer(x))
+    assert torch.equal(rounded, layer(x.bfloat16().float()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_reaches_the_input_and_only_it(kind):
     layer, weight = example(kind)
     x = torch.randn(3, 2, 40, requires_grad=True)

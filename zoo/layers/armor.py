@@ -47,8 +47,8 @@ class ArmorLinear(PackedLinear):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return armor_linear(x.to(self.dtype), self.wrap_in, self.core_values, self.core_mask, self.wrap_out, self.bias)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return armor_linear(x, self.wrap_in, self.core_values, self.core_mask, self.wrap_out, self.bias)
 
     def dense_weight(self) -> torch.Tensor:
         """A' S B', (d_out, d_in): computed in fp32, returned in the dtype of `core_values`."""

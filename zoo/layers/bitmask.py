@@ -57,8 +57,8 @@ class BitmaskLinear(PackedLinear):
             free = (self.row_offsets.diff().unsqueeze(1) - first).clamp(0, 8)
             self.mask.copy_((2**free - 1).to(torch.uint8))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return bitmask_linear(x.to(self.dtype), self.values, self.mask, self.bias, self.row_offsets)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return bitmask_linear(x, self.values, self.mask, self.bias, self.row_offsets)
 
     def dense_weight(self) -> torch.Tensor:
         """W, (out_features, in_features), in the dtype of `values`."""

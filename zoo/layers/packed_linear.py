@@ -55,9 +55,9 @@ class PackedLinear(nn.Linear):
 
     Tensors are frozen parameters rather than buffers: so device maps may offload them and `dtype=` casts the floats,
     while uint8 masks keep their type. Subclasses set `values_name` (the tensor of kept weights) and define
-    `forward(x: (..., in_features)) -> (..., out_features)`, which casts x to `dtype` (autocast hands over others),
-    `dense_weight() -> (out_features, in_features)`, `reset_parameters()` (a valid packing of the zero matrix) and
-    `validate(name)`, which raises UserError.
+    `product(x: (..., in_features)) -> (..., out_features)` for x of the layer's dtype, `dense_weight() ->
+    (out_features, in_features)`, `reset_parameters()` (a valid packing of the zero matrix) and `validate(name)`, which
+    raises UserError.
     """
 
     values_name: str
@@ -72,6 +72,13 @@ class PackedLinear(nn.Linear):
         """Register a frozen, uninitialised tensor."""
         tensor = torch.empty(shape, dtype=dtype, device=device)
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)  # autocast hands over other types
+        if torch.is_autocast_enabled(x.device.type):  # it would reach into the operation and undo its fp32 sums
+            with torch.autocast(x.device.type, enabled=False):
+                return self.product(x)
+        return self.product(x)
 
     @property
     def dtype(self) -> torch.dtype:
