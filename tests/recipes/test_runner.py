@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
-from tiny_models import make_base  # noqa: E402
+from tiny_models import make_base
 
-import zoo  # noqa: E402, F401
+import zoo  # noqa: F401
 
 WORDS = "a quick test of how the recipe runs from start to end with some plain words "
 SMALL = {
