@@ -24,7 +24,7 @@ from recipes.common.base_models import BaseModel, check_finite, resolve_model
 from recipes.common.data import Text, calibration_windows, evaluation_windows, load_text
 from recipes.common.evaluation import compare_speed, perplexity, ratio, run_tasks
 from recipes.common.pruners import LayerStats
-from recipes.common.runner import Recipe, cached_json, check_resources, open_state, world
+from recipes.common.runner import Recipe, cached_json, check_resources, open_state, pin_inputs, world
 from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks, select_linears
 from recipes.common.tools import export_as
 from zoo.checkpoint import write_checkpoint
@@ -114,7 +114,7 @@ class LayerwiseRecipe(Recipe):
         if processes.rank == 0:
             check_resources(*self.needs(streamed, modules, methods), self.output_path.absolute())
             check_finite(base.path)
-            state = open_state(self)
+            pin_inputs(open_state(self), base_model=base.sha256, calibration_text=text.sha256)
         processes.barrier()
         state = self.state_path
         for seed, windows in tokens.items():

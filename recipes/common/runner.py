@@ -109,6 +109,15 @@ def open_state(recipe: Recipe) -> Path:
     return state
 
 
+def pin_inputs(state: Path, **sha256: str) -> None:
+    """Records what a run reads when it starts, and refuses to resume it on anything else."""
+    path = state / "inputs.json"
+    pinned = cached_json(path, lambda: sha256)
+    changed = sorted(key for key in sha256 if pinned.get(key) != sha256[key])
+    if changed:
+        raise UserError(f"--resume: the {', '.join(changed)} changed since {state} was begun; pass --overwrite to restart.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
