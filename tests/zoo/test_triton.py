@@ -1,0 +1,145 @@
+"""The Triton kernels: in the interpreter against the definitions, and compiled ahead of time for sm_80 and sm_90.
+
+Run as a script it is the interpreter's side: TRITON_INTERPRET must be set before triton is imported, and would change
+every other test of a process.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.kernels.armor_linear import gpu as armor_gpu
+from zoo.kernels.armor_linear.reference import armor_linear
+from zoo.kernels.bitmask_linear import gpu as bitmask_gpu
+from zoo.kernels.bitmask_linear.reference import bitmask_linear, pack_bitmask
+from zoo.kernels.block_diagonal_linear import gpu as block_gpu
+from zoo.kernels.block_diagonal_linear.reference import block_diagonal_linear
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHAPES = [(40, 76, 2, 4), (40, 96, 4, 8), (33, 300, 1, 4), (40, 77, 0, 0)]  # d_out, d_in, N, M; 0:0 is unstructured
+TOKENS = [1, 3, 17, 70]
+
+
+def integers(shape, dtype, bound, g):
+    """Small integers: products and sums are exact in every dtype, so the kernels must agree to the bit."""
+    return torch.randint(-bound, bound + 1, shape, generator=g).to(dtype)
+
+
+def keep(d_out, d_in, n, m, g):
+    if not n:
+        mask = torch.rand(d_out, d_in, generator=g) < 0.4
+        mask[3], mask[4] = False, True  # an empty row and a full one
+        return mask
+    scores = torch.rand(d_out, d_in // m, m, generator=g)
+    return torch.zeros_like(scores).scatter_(-1, scores.topk(n).indices, 1).flatten(1).bool()
+
+
+def interpret():
+    """Every case in the interpreter; the process fails on the first that differs, and names it."""
+    g = torch.Generator().manual_seed(0)
+    for dtype in NAMES:
+        for tokens in TOKENS:
+            for d_out, d_in, n, m in SHAPES:
+                mask = keep(d_out, d_in, n, m, g)
+                values, bits, offsets = pack_bitmask(
+                    integers((d_out, d_in), dtype, 2, g), mask, per_row=d_in * n // m if n else None
+                )
+                x, bias = integers((tokens, d_in), dtype, 1, g), integers((d_out,), dtype, 5, g)
+                same(
+                    bitmask_gpu.bitmask_linear_triton(x, values, bits, bias, offsets),
+                    bitmask_linear(x, values, bits, bias, offsets),
+                    f"bitmask {NAMES[dtype]} {d_out}x{d_in} {n}:{m}, {tokens} tokens",
+                )
+            for b_out, b_in, d_out, d_in in ((16, 16, 48, 80), (64, 64, 128, 192), (6, 8, 24, 40)):
+                values, bits, _ = pack_bitmask(
+                    integers((d_out, d_in), dtype, 1, g), keep(d_out, d_in, 2, 4, g), per_row=d_in // 2
+                )
+                x = integers((tokens, d_in), dtype, 1, g)
+                wrap_in = torch.eye(b_in).roll(1, 0).repeat(d_in // b_in, 1, 1).to(dtype)  # keeps the numbers small
+                wrap_out = torch.eye(b_out).roll(1, 0).repeat(d_out // b_out, 1, 1).to(dtype)
+                wrap_in[0, 0, 1], wrap_out[0, 1, 0] = 2, 2
+                name = f"{NAMES[dtype]} b {b_out},{b_in}, {tokens} tokens"
+                same(
+                    block_gpu.block_diagonal_linear_triton(x, wrap_in),
+                    block_diagonal_linear(x, wrap_in),
+                    f"block diagonal {name}",
+                )
+                same(
+                    armor_gpu.armor_linear_triton(x, wrap_in, values, bits, wrap_out),
+                    armor_linear(x, wrap_in, values, bits, wrap_out),
+                    f"armor {name}",
+                )
+
+
+def same(ours, definition, name):
+    assert torch.equal(ours, definition), f"{name}: off by {(ours.float() - definition.float()).abs().max()}"
+
+
+def test_interpreted_kernels_equal_their_definitions():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def compile_kernel(kernel, signature, constants, warps, stages, architecture, folder):
+    """(registers, bytes spilled) of a kernel compiled for one architecture, from the resource table of its binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name] != "constexpr"}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    table = subprocess.run(
+        [tool, "--dump-resource-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    registers, local = re.search(r"REG:(\d+) .*LOCAL:(\d+)", table).groups()
+    return int(registers), int(local)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_compile_ahead_of_time_without_spills(architecture, tmp_path, record_property):
+    element = torch.empty(1, dtype=torch.bfloat16)
+    weights = {"values": "*bf16", "mask": "*u8"}
+    sizes = dict.fromkeys(("n_tokens", "d_out", "d_in", "per_row"), "i32")
+    for tokens in bitmask_gpu.TILES:
+        options = bitmask_gpu.tile(tokens, element)
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        cases = [
+            (
+                bitmask_gpu.bitmask_linear_kernel,
+                {"x": "*bf16", **weights, "bias": "*bf16", "y": "*bf16", **sizes},
+                options | {"HALF": True, "row_offsets": None},
+                warps,
+            )
+        ]
+        value_bytes, fused_warps = armor_gpu.FUSED_TILES[64]
+        cases.append(
+            (
+                armor_gpu.armor_linear_kernel,
+                {"u": "*fp32", **weights, "wrap_out": "*bf16", "bias": "*bf16", "y": "*bf16", **sizes},
+                options | {"ROWS": 64, "COLS": value_bytes, "HALF": True},
+                fused_warps,
+            )
+        )
+        for kernel, signature, constants, number in cases:
+            registers, spilled = compile_kernel(kernel, signature, constants, number, stages, architecture, tmp_path)
+            name = f"{kernel.__name__}, sm_{architecture}, {tokens} tokens"
+            record_property(name, registers)
+            assert spilled == 0, f"{name}: {spilled} bytes of spills"
+
+
+if __name__ == "__main__":
+    interpret()
