@@ -125,7 +125,7 @@ def test_a_published_card_names_its_repository_and_passes(folder):
             "files",
             "slimzoo_layers_armor.py is not",
         ),
-        (lambda folder: (folder / "helper.py").write_text(""), "files", "helper.py was added"),
+        (lambda folder: (folder / "stowaway.py").write_text(""), "files", "stowaway.py was added"),
         (remove_module, "files", r"slimzoo_\w+.py is missing"),
         (cut_shard, "weights", "model.safetensors is damaged"),
         (in_weights(lambda t: t[f"{PROJECTION}.wrap_in"][0, 1].fill_(torch.inf)), "weights", "up_proj.wrap_in"),
