@@ -115,7 +115,9 @@ def pin_inputs(state: Path, **sha256: str) -> None:
     pinned = cached_json(path, lambda: sha256)
     changed = sorted(key for key in sha256 if pinned.get(key) != sha256[key])
     if changed:
-        raise UserError(f"--resume: the {', '.join(changed)} changed since {state} was begun; pass --overwrite to restart.")
+        raise UserError(
+            f"--resume: the {', '.join(changed)} changed since {state} was begun; pass --overwrite to restart."
+        )
 
 
 def write_text(path: Path, text: str) -> None:
