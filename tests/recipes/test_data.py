@@ -139,7 +139,7 @@ def test_texts_hold_whole_clean_documents():
 def test_wiki_markup_becomes_prose():
     wikitext = """{{Infobox|name = X {{nested|{{deeper}}}}|image = [[File:x.jpg]]}}
 [[File:Map.png|thumb|A caption with a [[link|label]] and {{convert|5|km|mi}} in it that is rather long for a caption]]
-'''Ada''' ({{lang-el|λόγος}}; {{IPA|x}}) is a ''[[X y|language]]''{{cn}} for large programs of [[ministries]].
+'''Ada''' ({{lang-el|λόγος}}; {{IPA|x}}) is a ''[[X y|language]]''{{cn}} for large programs of [[ministries]] and armies.
 It<ref name="a" /> is named after [[Ada Lovelace]]&nbsp;&ndash; see ''Iliad'''s text, {{convert|120|km}}<!-- -->.<ref>A
 note.</ref> And one more.<ref name="b">{{cite web|url=http://x.org|title=[[Y]]}}</ref>
 
@@ -160,7 +160,7 @@ The history section comes after the notes and is prose again, so it has to be in
 [[Category:Languages]]
 """
     assert prose(wikitext).split("\n\n") == [
-        "Ada (λόγος) is a language for large programs of ministries.",
+        "Ada (λόγος) is a language for large programs of ministries and armies.",
         "It is named after Ada Lovelace – see Iliad's text, 120 km. And one more.",
         "The language has packages with a label and tasks which run side by side always.",
         "The history section comes after the notes and is prose again, so it has to be in the text.",

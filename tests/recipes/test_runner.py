@@ -146,10 +146,10 @@ def broken(base, tmp_path, change):
     ("changes", "said"),
     [
         ({"model": "no-such-model"}, "no-such-model"),
-        ({"block": "64"}, "block 64 does not divide its 96"),
+        ({"block": "64"}, "block 64 does not divide its"),
         ({"calibration": "nothing.txt"}, "nothing.txt"),
         ({"nsamples": "5000"}, "5000"),
-        ({"output": "/proc/armor"}, "cannot be written"),
+        ({"output": f"{__file__}/below-a-file"}, "cannot be written"),
         ({"include": "no_such_layer"}, "no linear layer"),
         ({"baselines": "oracle"}, "--baselines oracle"),
         ({"pattern": "4:2"}, "N:M with 0 < N < M"),
