@@ -156,7 +156,8 @@ def broken(base, tmp_path, change):
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(base, tmp_path, changes, said):
-    process = run(command(base, tmp_path / "out", **changes))
+    flags = {"output": tmp_path / "out"} | changes
+    process = run(command(base, flags.pop("output"), **flags))
     assert process.returncode == 2, process.stderr
     error = process.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error and "Traceback" not in process.stderr
