@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, check_finite, resolve_model
 from recipes.common.data import Text, calibration_windows, evaluation_windows, load_text
-from recipes.common.evaluation import compare_speed, perplexity, ratio, run_tasks
+from recipes.common.evaluation import check_tasks, compare_speed, perplexity, ratio, run_tasks
 from recipes.common.pruners import LayerStats
 from recipes.common.runner import Recipe, cached_json, check_resources, open_state, pin_inputs, world
 from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks, select_linears
@@ -30,6 +30,7 @@ from recipes.common.tools import export_as
 from zoo.checkpoint import write_checkpoint
 from zoo.errors import UserError
 from zoo.hub import publish
+from zoo.models import slim_class_for
 
 EVALUATION_TEXTS = ("A", "B", "C")
 BATCH = 4  # calibration windows that run through a block together
@@ -97,6 +98,9 @@ class LayerwiseRecipe(Recipe):
     def run(self) -> Path:
         processes = world(self.device)
         base = resolve_model(self.model, self.revision)
+        slim_class_for(base.model_type)  # a family that no checkpoint can be written for is refused now, not at the end
+        if self.tasks != ["none"]:
+            check_tasks(self.tasks)
         streamed = StreamedModel(base.path, self.device)
         modules = self.modules(streamed)
         tokenizer = AutoTokenizer.from_pretrained(base.path)

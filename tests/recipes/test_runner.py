@@ -152,6 +152,7 @@ def broken(base, tmp_path, change):
         ({"output": f"{__file__}/below-a-file"}, "cannot be written"),
         ({"include": "no_such_layer"}, "no linear layer"),
         ({"baselines": "oracle"}, "--baselines oracle"),
+        ({"tasks": "no_such_task"}, "no_such_task"),
         ({"pattern": "4:2"}, "N:M with 0 < N < M"),
     ],
 )
