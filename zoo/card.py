@@ -316,23 +316,33 @@ def speed_table(report: dict) -> str:
     if not report["speed"]:
         return "Speed was not measured."
     rows = [
-        [
-            phase,
-            rival.removeprefix("ratio_to_").replace("_", " "),
-            format_metric(m),
-            f"{m['n']} {m['n_of']}",
-            m["value"],
-        ]
+        [phase, rival_name(rival), format_metric(m), f"{m['n']} {m['n_of']}"]
         for phase, ratios in report["speed"].items()
         for rival, m in ratios.items()
     ]
     where = f"Measured on {report['environment']['cpu']} ({report['cost']['device']}), interleaved in one process"
     versions = report["environment"]["versions"]
     with_torch = f", torch {versions['torch']}" if "torch" in versions else ""
-    slower = [f"{phase} against {rival}" for phase, rival, _, _, value in rows if value <= 1]
-    none = f" No gain was measured in {', '.join(slower)}." if slower else ""
-    cells = [row[:-1] for row in rows]
-    return f"{table(['phase', 'against', 'speed', 'n'], cells)}\n\n{where}{with_torch}. Above one is faster.{none}"
+    shown = table(["phase", "against", "speed", "n"], rows)
+    return f"{shown}\n\n{where}{with_torch}. Above one is faster. {speed_verdict(report)}"
+
+
+def speed_verdict(report: dict) -> str:
+    """One sentence: where it is faster, where slower, and what is within two deviations of equal."""
+    groups = {"faster": [], "slower": [], "undecided (within two standard deviations of equal)": []}
+    faster, slower, undecided = groups.values()
+    for phase, ratios in report["speed"].items():
+        for rival, m in ratios.items():
+            gain = m["value"] - 1
+            close = gain == 0 or abs(gain) < 2 * (m["spread"] or 0.0)
+            (undecided if close else faster if gain > 0 else slower).append(f"{phase} against {rival_name(rival)}")
+    told = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in groups.items() if found)
+    return f"{told[0].upper()}{told[1:]}.{'' if faster else ' No gain in speed was measured.'}"
+
+
+def rival_name(ratio: str) -> str:
+    """'dense bf16' for the key ratio_to_dense_bf16."""
+    return ratio.removeprefix("ratio_to_").replace("_", " ")
 
 
 def cost_line(report: dict) -> str:

@@ -64,9 +64,9 @@ def quality_size(report: dict, path: Path) -> Path:
     Baselines whose size the report does not give are lines across.
     """
     keys = [key for key, m in report["compressed"].items() if m["unit"] == "ppl"] or list(report["compressed"])[:3]
-    size = report["size"]
-    bytes_of = {"dense": size["dense_bytes"], method_name(report): size["compressed_bytes"]} | size.get("baselines", {})
-    models = {"dense": report["dense"], method_name(report): report["compressed"], **report["baselines"]}
+    size, own = report["size"], method_name(report)  # ours is drawn over those that it nearly equals
+    bytes_of = {"dense": size["dense_bytes"], own: size["compressed_bytes"]} | size.get("baselines", {})
+    models = {"dense": report["dense"], own: report["compressed"], **report["baselines"]}
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, len(keys), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=True):
@@ -75,7 +75,8 @@ def quality_size(report: dict, path: Path) -> Path:
             if name in bytes_of:
                 marker = MARKERS[place % len(MARKERS)]
                 spread = metric["spread"] if metric["n_of"] == "seeds" else None
-                axis.errorbar(bytes_of[name] / 1e6, metric["value"], spread, fmt=marker, color=colour, label=name)
+                style = {"fmt": marker, "color": colour, "label": name, "zorder": 3 if name == own else 2}
+                axis.errorbar(bytes_of[name] / 1e6, metric["value"], spread, **style)
             else:
                 style = ("--", ":", "-.")[place % 3]
                 axis.axhline(metric["value"], linestyle=style, linewidth=1, color=colour, label=name)

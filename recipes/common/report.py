@@ -17,7 +17,17 @@ from huggingface_hub import metadata_load
 from recipes.common import plots
 from recipes.common.assets import ASSETS
 from recipes.common.runner import write_text
-from zoo.card import compare, format_bytes, format_metric, format_time, method_name, render_card, verdicts
+from zoo.card import (
+    compare,
+    format_bytes,
+    format_metric,
+    format_time,
+    method_name,
+    render_card,
+    rival_name,
+    speed_verdict,
+    verdicts,
+)
 from zoo.checkpoint import read_checkpoint_sizes
 from zoo.report_schema import SCHEMA_VERSION, check_report
 from zoo.verify import hash_files, layer_bytes
@@ -213,8 +223,10 @@ def render_table(report: dict) -> str:
         f"({100 * size['compressed_bytes'] / size['dense_bytes']:.1f} %)",
     ]
     for phase, ratios in report["speed"].items():
-        shown = (f"{format_metric(m)} of {rival.removeprefix('ratio_to_')}" for rival, m in ratios.items())
+        shown = (f"{format_metric(m)} of {rival_name(rival)}" for rival, m in ratios.items())
         lines.append(f"speed, {phase}: {', '.join(shown)}")
+    if report["speed"]:
+        lines.append(speed_verdict(report))
     lines.append(f"cost: {format_time(cost['seconds'])}, {format_bytes(cost['peak_rss_bytes'])} of memory")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from zoo.card import CARDS, baseline_texts, compare, render_card
 from zoo.errors import UserError
 from zoo.report_schema import check_report
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
 
 
 @pytest.mark.parametrize("repo_id", [None, "org/the-model"])
@@ -129,7 +129,12 @@ def test_a_gain_that_did_not_appear_is_said():
     (sparsegpt,) = re.findall(r"armor against sparsegpt: .*", text)
     assert "No gain" not in wanda and "better on perplexity A (-38.4 %)" in wanda
     assert "No gain over it was measured." in sparsegpt and "worse on perplexity A (+4.1 %)" in sparsegpt
-    assert "No gain was measured in prefill against dense bf16." in text
+    assert "Faster: decode against dense bf16, decode against dense fp32; slower: prefill against dense bf16." in text
+    report["speed"]["decode"]["ratio_to_dense_bf16"]["spread"] = 0.3  # 1.47 is then not told from 1
+    del report["speed"]["decode"]["ratio_to_dense_fp32"]
+    text = render_card(report, repo_id=None)
+    assert "undecided (within two standard deviations of equal): decode against dense bf16." in text
+    assert "Faster" not in text and "No gain in speed was measured." in text
     report["size"]["compressed_bytes"] = report["size"]["dense_bytes"] + 1
     assert "Nothing is saved." in render_card(report, repo_id=None)
 
