@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 ARGS   ?=
 
-.PHONY: help env assets test bench lint format cards verify
+.PHONY: help env assets test bench bench-scale lint format cards verify
 .SECONDARY:
 
 help:                       ## this list
@@ -32,6 +32,9 @@ test: assets                ## all tests
 
 bench: env                  ## kernels and end-to-end speed against dense, in one run -> runs/bench.json
 	$(PY) -m zoo.bench $(ARGS)
+
+bench-scale: env            ## compress the first blocks of a random 7B model and project the rest (writes 13.5 GB)
+	$(PY) -m recipes.common.scale $(ARGS)
 
 space-%: assets             ## start a Space locally: make space-armor
 	$(PY) spaces/$*/app.py

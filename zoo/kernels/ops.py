@@ -1,5 +1,7 @@
 """Registers our operations with torch: custom ops with shape functions and gradients, so that compile and export work."""
 
+import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -7,7 +9,8 @@ from torch import Tensor
 from transformers.utils import is_triton_available
 
 NAMESPACE = "slimzoo"
-SKINNY = 16  # rows of x up to which a product is read straight from the packed weight
+SKINNY = 32  # rows of x up to which a product is read straight from the packed weight
+_kept = threading.local()  # scratch memory by use
 
 
 def define(
@@ -39,6 +42,17 @@ def define(
 def linear_shape(x: Tensor, d_out: int) -> Tensor:
     """An empty result (..., d_out) for x (..., d_in)."""
     return x.new_empty(*x.shape[:-1], d_out)
+
+
+def scratch(use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory that each thread keeps for its next call: the kernel's fresh pages would cost more time than
+    what is written into them."""
+    size = math.prod(shape) * dtype.itemsize
+    kept = getattr(_kept, use, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=torch.uint8)
+        setattr(_kept, use, kept)
+    return kept[:size].view(dtype).view(shape)
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -1,13 +1,15 @@
 """armor_linear: ARMOR's whole layer, block-diagonal x N:M x block-diagonal, in one operation."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from ..bitmask_linear import bitmask_linear
+from ..bitmask_linear import expanded_tiles
 from ..bitmask_linear.reference import unpack_bitmask
-from ..block_diagonal_linear import block_diagonal_linear
+from ..block_diagonal_linear import block_diagonal_product
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu
+from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu, scratch
 from .gpu import armor_linear_triton
 from .reference import armor_linear as armor_linear_reference
 
@@ -21,8 +23,10 @@ def _compute(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out:
     d_out, d_in = len(mask), x.shape[-1]
     rows = x.reshape(-1, d_in).contiguous()
     if len(rows) > SKINNY:  # the wrappers act on the activations: 2 (b_in d_in + b_out d_out) FLOP per row of x
-        out = bitmask_linear(block_diagonal_linear(rows, wrap_in), values, mask)
-        out = block_diagonal_linear(out, wrap_out, bias)
+        out = _expanded_product(
+            library("bitmask_linear"), rows, wrap_in, values.contiguous(), mask.contiguous(), wrap_out
+        )
+        out = out if bias is None else out.add_(bias)
     else:
         out = x.new_empty(len(rows), d_out)
         weights = (wrap_in.contiguous(), values.contiguous(), mask.contiguous(), wrap_out.contiguous())
@@ -34,6 +38,20 @@ def _compute(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out:
             torch.get_num_threads(),
         )
     return out.view(*x.shape[:-1], d_out)
+
+
+def _expanded_product(
+    lib: ctypes.CDLL, rows: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor
+) -> Tensor:
+    """A'(S(B' x)) for many rows (n, d_in): tile by tile, so that S(B' x) is still in cache when A' reads it."""
+    n, d_in = rows.shape
+    b = wrap_out.shape[1]
+    u = block_diagonal_product(rows, wrap_in, scratch("wrapped", (n, d_in), rows.dtype))
+    out = rows.new_empty(n, len(mask))
+    for first, last, tile in expanded_tiles(lib, values, mask, None, d_in, multiple=b):
+        v = torch.mm(u, tile.T, out=scratch("product", (n, last - first), rows.dtype))
+        block_diagonal_product(v, wrap_out[first // b : last // b], out[:, first:last])
+    return out
 
 
 def _dense(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None) -> Tensor:

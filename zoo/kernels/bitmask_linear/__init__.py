@@ -1,12 +1,13 @@
 """bitmask_linear: a linear layer whose weight is stored as one bit per position plus the kept values."""
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu
+from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu, scratch
 from .gpu import bitmask_linear_triton
 from .reference import bitmask_linear as bitmask_linear_reference
 from .reference import unpack_bitmask
@@ -40,26 +41,36 @@ def _compute(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, row_o
 def _expanded_product(
     lib: ctypes.CDLL, rows: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, row_offsets: Tensor | None
 ) -> Tensor:
-    """rows (n, d_in) W^T + bias for many rows: the weight is expanded tile by tile and multiplied by the dense GEMM.
+    """rows (n, d_in) W^T + bias for many rows, by the dense GEMM on one expanded tile after the other."""
+    out = rows.new_empty(len(rows), len(mask))
+    for first, last, tile in expanded_tiles(lib, values, mask, row_offsets, rows.shape[1]):
+        if bias is None:
+            torch.mm(rows, tile.T, out=out[:, first:last])
+        else:
+            torch.addmm(bias[first:last], rows, tile.T, out=out[:, first:last])
+    return out
+
+
+def expanded_tiles(
+    lib: ctypes.CDLL, values: Tensor, mask: Tensor, row_offsets: Tensor | None, d_in: int, multiple: int = 1
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, last, rows [first, last) of the dense weight), `multiple` rows at least; a tile is overwritten by the next.
 
     Expanding writes each weight once and reads 9/16 of that, which n >> 1 multiplications per weight outweigh.
     """
-    (n, d_in), d_out = rows.shape, len(mask)
-    tile_rows = max(1, TILE_BYTES // (d_in * rows.element_size()))
-    tile = rows.new_empty(min(tile_rows, d_out), d_in)
-    out = rows.new_empty(n, d_out)
+    d_out, item = len(mask), values.element_size()
+    tile_rows = min(d_out, max(1, TILE_BYTES // (d_in * item) // multiple) * multiple)
+    tile = scratch("tile", (tile_rows, d_in), values.dtype)
     for first in range(0, d_out, tile_rows):
         last = min(first + tile_rows, d_out)
         lib.slimzoo_bitmask_expand(
             *map(pointer, (values, mask, row_offsets, tile)),
             *integers(first, last, d_in, 0 if row_offsets is not None else values.shape[1]),
-            DTYPES[rows.dtype],
+            DTYPES[values.dtype],
             level(),
             torch.get_num_threads(),
         )
-        part = None if bias is None else bias[first:last]
-        out[:, first:last] = torch.nn.functional.linear(rows, tile[: last - first], part)
-    return out
+        yield first, last, tile[: last - first]
 
 
 _op = define(

@@ -18,9 +18,8 @@ def _compute(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     n, b, _ = blocks.shape
     rows = x.reshape(-1, n * b).contiguous()
     if len(rows) > SKINNY:
-        by_block = rows.view(-1, n, b).transpose(0, 1)  # (n, rows, b)
-        out = torch.bmm(by_block, blocks.transpose(1, 2)).transpose(0, 1).reshape(len(rows), n * b)
-        out = out if bias is None else out + bias
+        out = block_diagonal_product(rows, blocks, torch.empty_like(rows))
+        out = out if bias is None else out.add_(bias)
     else:
         out = torch.empty_like(rows)
         lib.slimzoo_block_diagonal_linear(
@@ -31,6 +30,14 @@ def _compute(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
             torch.get_num_threads(),
         )
     return out.view(x.shape)
+
+
+def block_diagonal_product(rows: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
+    """Writes the product for many rows (r, n b), without bias, into `out` of the same shape, and returns it."""
+    n, b, _ = blocks.shape
+    by_block = rows.view(-1, n, b).transpose(0, 1)  # (n, r, b)
+    torch.bmm(by_block, blocks.transpose(1, 2), out=out.view(-1, n, b).transpose(0, 1))
+    return out
 
 
 def _dense(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
