@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 ARGS   ?=
 
-.PHONY: help env assets test bench bench-scale lint format cards verify
+.PHONY: help env assets test test-peers bench bench-scale lint format cards verify
 .SECONDARY:
 
 help:                       ## this list
@@ -29,6 +29,10 @@ recipe-%: assets            ## run a recipe: make recipe-armor ARGS="--help"
 
 test: assets                ## all tests
 	$(PY) -m pytest $(ARGS)
+
+test-peers: assets          ## side-by-side checks against other engines; builds llama.cpp on first use
+	$(PY) -m pip install --quiet --editable ".[peers]"
+	$(PY) -m pytest tests/peers $(ARGS)
 
 bench: env                  ## kernels and end-to-end speed against dense, in one run -> runs/bench.json
 	$(PY) -m zoo.bench $(ARGS)
