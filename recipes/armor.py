@@ -553,33 +553,39 @@ def refit(
     """
     if H is None:
         raise UserError("--refit needs full Hessians, which this calibration did not collect; use --refit none.")
-    H = H + DAMPING * H.diagonal().mean() * torch.eye(len(H), device=H.device)
+    H = H.clone()  # the largest tensor here: at d_in = 11008 half a gigabyte, so the rest is done in place
+    H.diagonal().add_(DAMPING * H.diagonal().mean())
     WH = W @ H
     P = right(S, B)
     P_blocks = P.view(len(A), A.shape[1], -1)
     gram = P_blocks @ (P @ H).view_as(P_blocks).transpose(1, 2)
     target = WH.view_as(P_blocks) @ P_blocks.transpose(1, 2)
+    del P, P_blocks
     A = solve_psd((gram + gram.transpose(1, 2)) / 2, target.transpose(1, 2), A.transpose(1, 2)).transpose(1, 2)
     A = A.contiguous()
     if what == "A":
         return A, S
     HBt = right(H, B.transpose(1, 2))  # H B^T
+    del H
     Q = left(B, HBt)  # B H B^T
+    del HBt
     AtA = A.transpose(1, 2) @ A
     diagonal = AtA.diagonal(dim1=1, dim2=2).reshape(-1, 1) * Q.diagonal()
     inverse_diagonal = M / diagonal.clamp_min(1e-30)
-    residual = left(A.transpose(1, 2), right(WH, B.transpose(1, 2)) - left(A, S @ Q)) * M
-    z = residual * inverse_diagonal
-    direction, rz = z, torch.sum(residual * z)
+    residual = left(A.transpose(1, 2), right(WH, B.transpose(1, 2)).sub_(left(A, S @ Q))).mul_(M)
+    del WH, diagonal
+    S = S.clone()
+    direction = residual * inverse_diagonal
+    rz = torch.sum(residual * direction)
     for _ in range(cg_steps):
-        image = left(AtA, direction @ Q) * M
+        image = left(AtA, direction @ Q).mul_(M)
         curvature = torch.sum(direction * image)
         if not curvature > 0 or not rz > 0:  # converged to the last bit, or nothing to fit
             break
-        step = rz / curvature
-        S = S + step * direction
-        residual = residual - step * image
-        z = residual * inverse_diagonal
+        step = (rz / curvature).item()
+        S.add_(direction, alpha=step)
+        residual.sub_(image, alpha=step)
+        z = torch.mul(residual, inverse_diagonal, out=image)
         rz, previous = torch.sum(residual * z), rz
-        direction = z + (rz / previous) * direction
+        direction.mul_(rz / previous).add_(z)
     return A, S

@@ -28,27 +28,26 @@ class LayerStats:
 
 
 class StatsAccumulator:
-    """Running sums of x x^T (or of x^2 only) over batches, in fp32."""
+    """Running mean of x x^T (or of x^2 only) over batches, in fp32 and in place: one d_in x d_in matrix and no more."""
 
     def __init__(self, d_in: int, hessian: bool):
-        self.sums = torch.zeros(d_in, d_in) if hessian else torch.zeros(d_in)
+        self.mean = torch.zeros(d_in, d_in) if hessian else torch.zeros(d_in)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """x (..., d_in)."""
         x = x.flatten(0, -2).float()
-        self.sums = self.sums.to(x.device)
-        if self.sums.ndim == 2:
-            self.sums.addmm_(x.T, x)
+        self.mean = self.mean.to(x.device)
+        old, self.tokens = self.tokens, self.tokens + len(x)
+        if self.mean.ndim == 2:
+            self.mean.addmm_(x.T, x, beta=old / self.tokens, alpha=1 / self.tokens)
         else:
-            self.sums += x.square().sum(0)
-        self.tokens += len(x)
+            self.mean.mul_(old / self.tokens).add_(x.square().sum(0), alpha=1 / self.tokens)
 
     def stats(self) -> LayerStats:
-        mean = self.sums / max(self.tokens, 1)
-        if mean.ndim == 1:
-            return LayerStats(None, mean, self.tokens)
-        return LayerStats(mean, mean.diagonal().clone(), self.tokens)
+        if self.mean.ndim == 1:
+            return LayerStats(None, self.mean, self.tokens)
+        return LayerStats(self.mean, self.mean.diagonal().clone(), self.tokens)
 
 
 def mask_n_m(scores: Tensor, n: int, m: int) -> Tensor:

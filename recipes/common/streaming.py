@@ -112,6 +112,9 @@ class StreamedModel:
             stack.callback(setattr, decoder, "norm", norm)
             for chunk in tokens.split(batch):
                 hidden.append(decoder(chunk.to(self.device), use_cache=False).last_hidden_state)
+        for module in decoder.children():
+            if module is not self.layers:
+                module.to("meta")  # of no use any more
         return torch.cat(hidden)
 
     def load_block(self, index: int) -> nn.Module:
@@ -330,7 +333,7 @@ def compress_blocks(
         started = time.perf_counter()
         block = model.load_block(index)
         linears = select_linears(model, index, include, ignore)
-        weights = {name: module.weight.detach().clone() for name, module in linears.items()}
+        weights = {name: module.weight.detach() for name, module in linears.items()}
         kwargs = model.kwargs[index]
         dense_stats, dense_out = _statistics(
             block, linears, streams["dense"], kwargs, batch, store, [m for m in methods if m.inputs == "dense"]
@@ -348,10 +351,10 @@ def compress_blocks(
             barrier()
             if method.inputs == "compressed":
                 for name, module in linears.items():
-                    module.weight.data.copy_(store.weight(method.name, name, method.name))
+                    module.weight.data = store.weight(method.name, name, method.name).to(module.weight)
                 streams[method.name] = run_block(block, streams[method.name], kwargs, batch)
                 for name, module in linears.items():
-                    module.weight.data.copy_(weights[name])
+                    module.weight.data = weights[name]
             errors = [store.facts(method.name, name)[method.name]["output_error"] for name in linears]
             results.append((method.name, [e for e in errors if e is not None]))
         streams["dense"] = dense_out
