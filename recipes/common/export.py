@@ -1,10 +1,13 @@
-"""Checkpoints for other engines: dense weights that stock transformers loads, and GGUF for llama.cpp."""
+"""Checkpoints for other engines: dense weights that stock transformers loads, packed bits as compressed-tensors (vLLM,
+transformers), and GGUF for llama.cpp."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial as partial_of
 from pathlib import Path
 
 import gguf
@@ -15,11 +18,21 @@ from torch import Tensor, nn
 from recipes.common.base_models import open_tensors
 from zoo.checkpoint import CARRIED_FILES, atomic_folder
 from zoo.errors import UserError
+from zoo.kernels.packed_linear.reference import unpack_codes
 from zoo.layers.packing import pack_linears
 
 SHARD_BYTES = 5 * 10**9
-KINDS = {"F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
-FILE_TYPES = {"F16": gguf.LlamaFileType.MOSTLY_F16, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+KINDS = {  # how matrices are written; "packed" gives packed bits the type that holds their codes
+    "F16": gguf.GGMLQuantizationType.F16,
+    "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "packed": gguf.GGMLQuantizationType.F16,
+}
+FILE_TYPES = {
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "packed": gguf.LlamaFileType.MOSTLY_Q4_1,
+}
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix in vLLM, so of one scheme
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 SPLITS = {  # the number part of a byte-level tokenizer's regular expression tells llama.cpp's pre-tokenizers apart
     r"\p{N}{1,3}": "llama-bpe",
@@ -42,10 +55,15 @@ def stock_config(config: dict) -> dict:
     return config
 
 
-def dense_tensors(folder: Path, config: dict) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the dense model, one at a time; packed modules give their product W_hat in fp32."""
+def packed_modules(config: dict) -> dict[str, dict]:
+    """The packed modules of a checkpoint, by name."""
+    return (config.get("compression_config") or {}).get("modules", {})
+
+
+def stored_tensors(folder: Path, config: dict) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
+    """(name, tensor) of the model, one at a time; a packed module's weight is the dict of its parts."""
     tensors = open_tensors(folder)
-    modules = (config.get("compression_config") or {}).get("modules", {})
+    modules = packed_modules(config)
     packed: dict[str, list[str]] = {name: [] for name in modules}
     for key in tensors.keys():  # noqa: SIM118 (not a dict)
         module, _, part = key.rpartition(".")
@@ -53,14 +71,26 @@ def dense_tensors(folder: Path, config: dict) -> Iterator[tuple[str, Tensor]]:
             packed[module].append(part)
         else:
             yield key, tensors.get(key)
-    for name, spec in modules.items():
-        yield f"{name}.weight", dense_weight(name, spec, {part: tensors.get(f"{name}.{part}") for part in packed[name]})
+    for name in modules:
+        yield f"{name}.weight", {part: tensors.get(f"{name}.{part}") for part in packed[name]}
+
+
+def dense_tensors(folder: Path, config: dict) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the dense model, one at a time; packed modules give their product W_hat in fp32."""
+    modules = packed_modules(config)
+    for key, value in stored_tensors(folder, config):
+        if isinstance(value, dict):
+            name = key.removesuffix(".weight")
+            value = dense_weight(name, modules[name], value)
+        yield key, value
 
 
 def dense_weight(name: str, spec: dict, parts: dict[str, Tensor]) -> Tensor:
     """The dense weight (d_out, d_in) of one packed module, computed in fp32 by its own layer."""
-    rows = parts["core_mask" if "core_mask" in parts else "mask"].shape[0]
-    if spec["format"] == "armor":
+    rows = parts["scales" if "scales" in parts else "core_mask" if "core_mask" in parts else "mask"].shape[0]
+    if spec["format"] == "packed":
+        columns = parts["qweight"].shape[1] * 8 // spec["bits"]
+    elif spec["format"] == "armor":
         columns = parts["wrap_in"].shape[0] * parts["wrap_in"].shape[1]
     else:
         n, m = spec["pattern"]
@@ -116,11 +146,135 @@ def export_dense(checkpoint: Path, output: Path, dtype: str = "bfloat16") -> Pat
     return output
 
 
+# ------------------------------------------------------------------------------------- packed bits as compressed-tensors
+
+
+@dataclass
+class Codes:
+    """A packed linear taken apart: w = scales (codes - zeros); codes uint8 (d_out, d_in), the others (d_out, d_in / g)."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    group: int
+
+    def rows(self, permute: Callable[[Tensor], Tensor]) -> Codes:
+        return Codes(permute(self.codes), permute(self.scales), permute(self.zeros), self.bits, self.group)
+
+
+def read_codes(spec: dict, parts: dict[str, Tensor]) -> Codes:
+    """The codes, scales and zero points of one module of format "packed"."""
+    bits, scales = spec["bits"], parts["scales"]
+    d_in = parts["qweight"].shape[1] * 8 // bits
+    codes = unpack_codes(parts["qweight"], bits, spec["group_size"], d_in)
+    zeros = parts.get("zeros", torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8))
+    return Codes(codes, scales, zeros, bits, d_in // scales.shape[1])
+
+
+def export_compressed_tensors(checkpoint: Path, output: Path) -> Path:
+    """Writes packed bits in the format `pack-quantized` of compressed-tensors, one config group per scheme.
+
+    A module's codes run densely along its inputs, b words of 32 bits for 32 codes, low bits first; integer zero points
+    run likewise along its outputs. q, k, v (and gate, up), which vLLM merges, must be of one scheme.
+    """
+    config = read_config(checkpoint)
+    modules = packed_modules(config)
+    if not modules or any(spec["format"] != "packed" or spec["zeros"] == "float" for spec in modules.values()):
+        raise UserError(f"{checkpoint}: compressed-tensors holds packed bits with integer zero points only; use dense.")
+    for siblings in MERGED:
+        for name in (name for name in modules if name.endswith(siblings[0])):
+            prefix = name.removesuffix(siblings[0])
+            if len({json.dumps(modules.get(prefix + s), sort_keys=True) for s in siblings}) > 1:
+                raise UserError(
+                    f"{prefix}{{{','.join(siblings)}}} differ in bits or groups; engines merge them, so they must agree."
+                )
+    tensors = open_tensors(checkpoint)
+    out: dict[str, Tensor] = {}
+    for key in tensors.keys():  # noqa: SIM118 (not a dict)
+        module, _, part = key.rpartition(".")
+        if module not in modules or part == "bias":
+            out[key] = tensors.get(key)
+    for name, spec in modules.items():
+        parts = {part: tensors.get(f"{name}.{part}") for part in ("qweight", "scales")}
+        if spec["zeros"] == "integer":
+            parts["zeros"] = tensors.get(f"{name}.zeros")
+        c = read_codes(spec, parts)
+        out[f"{name}.weight_packed"] = pack_words(c.codes, c.bits)
+        out[f"{name}.weight_scale"] = c.scales.contiguous()
+        out[f"{name}.weight_shape"] = torch.tensor(c.codes.shape)
+        if spec["zeros"] == "integer":
+            out[f"{name}.weight_zero_point"] = pack_words(c.zeros.T, c.bits).T.contiguous()
+    with atomic_folder(output) as folder:
+        save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+        stock = stock_config(config) | {"quantization_config": quantization_config(modules)}
+        (folder / "config.json").write_text(json.dumps(stock, indent=2), encoding="utf-8")
+        for pattern in CARRIED_FILES:
+            for file in checkpoint.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+    return output
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """codes uint8 (rows, n), n padded to 32s -> int32 (rows, ceil(n bits / 32)), code i at bit i * bits of its row."""
+    rows, n = codes.shape
+    planes = codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)
+    stream = (planes & 1).view(rows, n * bits)
+    stream = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).view(rows, -1, 8)
+    packed = (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return packed.contiguous().view(torch.int32)
+
+
+def quantization_config(modules: dict[str, dict]) -> dict:
+    """The `quantization_config` that compressed-tensors, and through it transformers and vLLM, read."""
+    schemes: dict[tuple, list[str]] = {}
+    for name, spec in modules.items():
+        schemes.setdefault((spec["bits"], spec["group_size"], spec["zeros"]), []).append(name)
+    groups = {}
+    for index, ((bits, group, zeros), names) in enumerate(schemes.items()):
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": zeros == "none",
+            "strategy": "channel" if group == -1 else "group",
+            "group_size": None if group == -1 else group,
+        }
+        groups[f"group_{index}"] = {"targets": names, "weights": weights, "format": "pack-quantized"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------- GGUF
 
 
+def gguf_blocks(c: Codes) -> tuple[Tensor, gguf.GGMLQuantizationType]:
+    """Bytes (d_out, blocks) of a GGUF type that holds the codes as they are: Q4_1 up to 4 bits, Q5_1 for 5.
+
+    Both keep w = d q + m for 32 weights, d and m fp16; our group of g has g / 32 blocks with equal d and m = -zero d.
+    """
+    rows, d_in = c.codes.shape
+    repeat = c.group // 32
+    d = c.scales.float().repeat_interleave(repeat, 1)
+    m = -(c.zeros.float() * c.scales.float()).repeat_interleave(repeat, 1)
+    head = torch.stack([d, m], -1).half().view(torch.uint8)  # (rows, blocks, 4)
+    q = c.codes.view(rows, d_in // 32, 32)
+    low = (q[..., :16] & 15) | (q[..., 16:] & 15) << 4
+    if c.bits <= 4:
+        return torch.cat([head, low], -1).flatten(1), gguf.GGMLQuantizationType.Q4_1
+    high = (q >> 4).view(rows, d_in // 32, 4, 8) << torch.arange(8, dtype=torch.uint8)
+    return torch.cat([head, high.sum(-1, dtype=torch.uint8), low], -1).flatten(1), gguf.GGMLQuantizationType.Q5_1
+
+
 def export_gguf(checkpoint: Path, output: Path, kind: str = "F16") -> Path:
-    """Writes a GGUF file for llama.cpp from a checkpoint folder, compressed or dense; matrices as `kind`, norms F32."""
+    """Writes a GGUF file for llama.cpp from a checkpoint folder, compressed or dense; matrices as `kind`, norms F32.
+
+    Kind "packed" keeps the codes of packed bits: 1 to 4 bits as Q4_1, 5 as Q5_1, 6 and 8 requantised to Q8_0, the rest F16.
+    """
     if kind not in KINDS:
         raise UserError(f"GGUF type {kind}: one of {', '.join(KINDS)} is needed.")
     if output.exists():
@@ -139,15 +293,25 @@ def export_gguf(checkpoint: Path, output: Path, kind: str = "F16") -> Path:
             next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
             stock["num_hidden_layers"],
         )
-        for key, tensor in dense_tensors(checkpoint, config):
+        modules = packed_modules(config)
+        for key, value in stored_tensors(checkpoint, config):
             name = names.get_name(key, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise UserError(f"{key} has no place in a GGUF file of architecture {architecture}.")
+            reorder = lambda rows: rows  # noqa: E731
             if architecture == "llama" and (".q_proj." in key or ".k_proj." in key):
                 heads = stock["num_attention_heads" if ".q_proj." in key else "num_key_value_heads"]
-                tensor = interleave_rope(tensor, heads)
-            data = tensor.float().numpy()
-            quantised = KINDS[kind] if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+                reorder = partial_of(interleave_rope, heads=heads)
+            spec = modules.get(key.removesuffix(".weight"), {})
+            if kind == "packed" and spec.get("format") == "packed" and spec["bits"] <= 5:
+                blocks, quantised = gguf_blocks(read_codes(spec, value).rows(reorder))
+                writer.add_tensor(name, blocks.numpy(), raw_dtype=quantised)
+                continue
+            dense = dense_weight(key, spec, value) if isinstance(value, dict) else value
+            data = reorder(dense).float().numpy()
+            quantised = gguf.GGMLQuantizationType.F32 if data.ndim == 1 else KINDS[kind]
+            if kind == "packed" and isinstance(value, dict):
+                quantised = gguf.GGMLQuantizationType.Q8_0  # 6 and 8 bits
             if quantised == gguf.GGMLQuantizationType.Q8_0 and data.shape[-1] % 32:
                 quantised = gguf.GGMLQuantizationType.F16
             writer.add_tensor(name, gguf.quants.quantize(data, quantised), raw_dtype=quantised)

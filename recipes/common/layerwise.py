@@ -54,7 +54,9 @@ class LayerwiseRecipe(Recipe):
     )
     sequential: bool = field(
         default=False,
-        metadata={"help": "calibrate each block on the model compressed so far, with the dense outputs as target"},
+        metadata={
+            "help": "calibrate each block on the outputs of the compressed blocks before it, not of the dense ones"
+        },
     )
     dtype: str = field(
         default="bfloat16",
@@ -158,7 +160,6 @@ class LayerwiseRecipe(Recipe):
             self.method,
             self.compress,
             inputs="compressed" if self.sequential else "dense",
-            match_dense=self.sequential,
             packed=(self.method,),
         )
         rivals = {method.name: method for method in self.baseline_methods() if method.name != self.method}

@@ -45,7 +45,8 @@ class Recipe:
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output or unfinished run"})
     push_to_hub: str | None = field(default=None, metadata={"help": "org/name to publish the checkpoint to"})
     export: list[str] = field(
-        default_factory=list, metadata={"help": "also write for other engines: dense, gguf-f16, gguf-q8_0"}
+        default_factory=list,
+        metadata={"help": "also write for other engines: dense, gguf-f16, gguf-q8_0, gguf-packed, compressed-tensors"},
     )
 
     kind = "abstract"
@@ -229,7 +230,7 @@ HELP = """usage: python -m recipes <name> [--config FILE] [flags]   make, measur
        python -m recipes --list                           the recipes
        python -m recipes verify FOLDER                    re-measure a checkpoint's own claims
        python -m recipes publish FOLDER ORG/NAME [--tag TAG] [--private]
-       python -m recipes export FOLDER OUTPUT --format dense|gguf-f16|gguf-q8_0
+       python -m recipes export FOLDER OUTPUT --format FORMAT
 """
 
 

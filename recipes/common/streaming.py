@@ -50,15 +50,12 @@ class Method:
     compress(name, weight (d_out, d_in) fp32, stats) -> {variant name: Variant}; the first key is not special: the one
     that equals `name` is passed on when `inputs` is "compressed".
     inputs: "dense" = statistics of the dense model; "compressed" = of the model compressed so far (own stream).
-    match_dense: with compressed inputs X^, the target becomes the least-squares weight for the *dense* outputs,
-        W* = argmin ||X^ W*^T - X W^T||^2, instead of W.
     hessian: whether `stats.hessian` is needed. keep_dense: variants whose dense weight is stored for evaluation.
     """
 
     name: str
     compress: Callable[[str, Tensor, LayerStats], dict[str, Variant]]
     inputs: str = "dense"
-    match_dense: bool = False
     hessian: bool = True
     packed: tuple[str, ...] = field(default_factory=tuple)  # variants whose packed tensors are stored
 
@@ -175,31 +172,22 @@ def run_block(block: nn.Module, hidden: Tensor, kwargs: dict, batch: int) -> Ten
 
 
 class InputStatistics:
-    """Accumulates x x^T (or x^2 only) of the inputs of the named linears; linears that share an input share the sums.
-
-    With `dense_hidden`, the same block also runs on the dense model's hidden states and the cross moments
-    mean x x^_T of dense and compressed inputs are kept, for `match_dense`.
-    """
+    """Accumulates x x^T (or x^2 only) of the inputs of the named linears; linears that share an input share the sums."""
 
     def __init__(self, block: nn.Module, linears: dict[str, nn.Linear], hessian: bool):
         self.block, self.linears, self.hessian = block, linears, hessian
         self.leader: dict[str, str] = {}  # linear -> the first linear that has the same input
         self.sums: dict[str, StatsAccumulator] = {}
-        self.cross: dict[str, Tensor] = {}
 
-    def run(self, hidden: Tensor, kwargs: dict, batch: int, dense_hidden: Tensor | None = None) -> Tensor:
+    def run(self, hidden: Tensor, kwargs: dict, batch: int) -> Tensor:
         out = torch.empty_like(hidden)
         for start in range(0, len(hidden), batch):
             part = slice(start, start + batch)
-            dense_inputs = self._inputs(dense_hidden[part], kwargs)[1] if dense_hidden is not None else {}
             out[part], inputs = self._inputs(hidden[part], kwargs)
             for name, x in inputs.items():
                 if name not in self.sums:
                     self.sums[name] = StatsAccumulator(x.shape[-1], hessian=self.hessian)
                 self.sums[name].add(x)
-                if dense_inputs:
-                    product = dense_inputs[name].flatten(0, -2).T @ x.flatten(0, -2)
-                    self.cross[name] = self.cross.get(name, 0) + product
         return out
 
     def _inputs(self, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -226,14 +214,6 @@ class InputStatistics:
 
     def stats(self, name: str) -> LayerStats:
         return self.sums[self.leader[name]].stats()
-
-    def dense_target(self, name: str, weight: Tensor) -> Tensor:
-        """W* = W (C + lambda I)(H + lambda I)^-1, C = mean x x^T of dense times compressed inputs, lambda 1 % of H."""
-        stats = self.stats(name)
-        H = stats.hessian
-        ridge = 0.01 * H.diagonal().mean() * torch.eye(len(H), device=H.device)
-        C = self.cross[self.leader[name]] / stats.tokens
-        return torch.linalg.solve(H + ridge, (C + ridge).T @ weight.T).T.contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -342,10 +322,7 @@ def compress_blocks(
         for method in methods:
             stats = dense_stats
             if method.inputs == "compressed":
-                reference = streams["dense"] if method.match_dense else None
-                stats, _ = _statistics(
-                    block, linears, streams[method.name], kwargs, batch, store, [method], reference=reference
-                )
+                stats, _ = _statistics(block, linears, streams[method.name], kwargs, batch, store, [method])
             todo = [name for name in linears if not store.has(method.name, name)][rank::world]
             _compress(method, todo, weights, stats, store, workers)
             barrier()
@@ -374,13 +351,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _statistics(block, linears, hidden, kwargs, batch, store, methods, reference=None):
+def _statistics(block, linears, hidden, kwargs, batch, store, methods):
     """(statistics or None if nothing is left to compress in this block, the block's dense output)."""
     todo = [m for m in methods if any(not store.has(m.name, name) for name in linears)]
     if not todo:
         return None, run_block(block, hidden, kwargs, batch)
     collected = InputStatistics(block, linears, hessian=any(m.hessian for m in todo))
-    return collected, collected.run(hidden, kwargs, batch, reference)
+    return collected, collected.run(hidden, kwargs, batch)
 
 
 def _compress(method, names, weights, stats, store, workers) -> None:
@@ -390,10 +367,9 @@ def _compress(method, names, weights, stats, store, workers) -> None:
         if threaded:
             torch.set_num_threads(1)
         weight, layer_stats = weights[name], stats.stats(name)
-        target = stats.dense_target(name, weight) if method.match_dense else weight
         started = time.perf_counter()
         with torch.no_grad():
-            variants = method.compress(name, target, layer_stats)
+            variants = method.compress(name, weight, layer_stats)
         seconds = time.perf_counter() - started
         facts = {}
         for variant_name, variant in variants.items():

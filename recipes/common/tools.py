@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from recipes.common.export import export_dense, export_gguf
+from recipes.common.export import export_compressed_tensors, export_dense, export_gguf
 from zoo.errors import UserError
 from zoo.hub import publish as publish_folder
 from zoo.verify import verify as verify_folder
 
-EXPORTS = ("dense", "gguf-f16", "gguf-q8_0")
+EXPORTS = ("dense", "gguf-f16", "gguf-q8_0", "gguf-packed", "compressed-tensors")
 
 
 def verify(arguments: list[str]) -> None:
@@ -40,7 +40,7 @@ def publish(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Writes a compressed checkpoint for other engines: dense weights, or GGUF for llama.cpp."""
+    """Writes a compressed checkpoint for other engines: dense weights, compressed-tensors, or GGUF for llama.cpp."""
     parser = argparse.ArgumentParser(prog="python -m recipes export", description=export.__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint folder")
     parser.add_argument("output", type=Path, help="folder (dense) or .gguf file to write; must not exist")
@@ -56,5 +56,8 @@ def export_as(folder: Path, output: Path, kind: str) -> None:
         raise UserError(f"--export {kind}: one of {', '.join(EXPORTS)} is needed.")
     if kind == "dense":
         export_dense(folder, output)
+    elif kind == "compressed-tensors":
+        export_compressed_tensors(folder, output)
     else:
-        export_gguf(folder, output, kind.removeprefix("gguf-").upper())
+        kind = kind.removeprefix("gguf-")
+        export_gguf(folder, output, kind if kind == "packed" else kind.upper())
