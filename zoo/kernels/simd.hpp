@@ -89,7 +89,7 @@ inline int detect_level() {
 #ifdef X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vbmi2"))
+      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
     return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
@@ -302,7 +302,8 @@ TARGET_BF16 inline void sparse_dots_bf16(const Row* rows, const Vectors& x, int6
   const uint8_t* values[ROWS];
   for (int r = 0; r < ROWS; r++) {
     values[r] = rows[r].values;
-    for (int b = 0; b < COUNT; b++) acc[r][b][0] = acc[r][b][SUMS - 1] = _mm512_setzero_ps();
+    for (int b = 0; b < COUNT; b++)
+      for (int j = 0; j < SUMS; j++) acc[r][b][j] = _mm512_setzero_ps();
   }
   const uint16_t* x0 = &x.bf16[first * x.stride];
   int64_t bytes = rows[0].bytes;
