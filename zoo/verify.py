@@ -26,6 +26,7 @@ NOT_HASHED = {"report.json", "README.md"}  # the report holds the hashes; the ca
 TENSOR_NAMES = {
     "armor": {"core_values", "core_mask", "wrap_out", "wrap_in"},
     "bitmask": {"values", "mask", "row_offsets"},
+    "packed": {"qweight", "scales", "zeros"},
 }
 
 
@@ -251,9 +252,14 @@ def layer_bytes(row: dict, itemsize: int) -> int:
     """Bytes of one packed matrix without its bias, from its row in the report alone.
 
     N:M core: d_out·d_in·N/M values and one bit a position; unstructured: nnz values, the bits, d_out+1 offsets of
-    8 bytes; ARMOR adds b_out·d_out + b_in·d_in wrapper values.
+    8 bytes; ARMOR adds b_out·d_out + b_in·d_in wrapper values. Packed bits: the codes, a scale a group, and a zero a
+    group of 1 byte (integer) or like the scale (float).
     """
     d_out, d_in = row["d_out"], row["d_in"]
+    if "bits" in row:
+        groups = d_out * (1 if row["group_size"] == -1 else d_in // row["group_size"])
+        zero = {"none": 0, "integer": 1, "float": itemsize}[row["zeros"]]
+        return d_out * d_in * row["bits"] // 8 + groups * (itemsize + zero)
     mask = d_out * -(-d_in // 8)
     if "nnz" in row:
         return row["nnz"] * itemsize + mask + 8 * (d_out + 1)
