@@ -98,6 +98,9 @@ def calibration_windows(text: Text, tokenizer, nsamples: int, seqlen: int, seed:
 def evaluation_windows(text: Text, tokenizer, seqlen: int, max_windows: int) -> Tensor:
     """(<= max_windows, seqlen) int64 token windows, no two overlapping, spread evenly over the text; always the same.
 
+    A tokenizer that begins texts with its BOS token begins each window with one, so (…, seqlen + 1): models like Gemma
+    predict nothing sensible without.
+
     Raises:
         UserError: the text is shorter than one window, or a number is not possible.
     """
@@ -110,7 +113,11 @@ def evaluation_windows(text: Text, tokenizer, seqlen: int, max_windows: int) -> 
     if not available:
         raise UserError(f"{text.name}: {len(ids):,} tokens are fewer than one window of {seqlen}; lower --eval-seqlen.")
     windows = ids[: available * seqlen].view(available, seqlen)
-    return windows[torch.linspace(0, available - 1, min(max_windows, available)).round().long()]
+    windows = windows[torch.linspace(0, available - 1, min(max_windows, available)).round().long()]
+    start = tokenizer("")["input_ids"]
+    if start and start[0] == tokenizer.bos_token_id:
+        windows = torch.nn.functional.pad(windows, (1, 0), value=start[0])
+    return windows
 
 
 def tokenize(text: Text, tokenizer) -> Tensor:

@@ -23,9 +23,12 @@ from zoo.errors import UserError
 class Numbers:
     """A tokenizer whose text is numbers: token i of the text is the i-th number, so a window shows where it starts."""
 
-    def __call__(self, text, add_special_tokens, verbose):
-        assert add_special_tokens is False
-        return {"input_ids": [int(word) for word in text.split()]}
+    def __init__(self, bos=None):
+        self.bos_token_id = bos
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        start = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return {"input_ids": start + [int(word) for word in text.split()]}
 
 
 def counting(length: int) -> Text:
@@ -63,6 +66,11 @@ def test_evaluation_windows_are_spread_evenly_and_always_the_same():
     assert windows[:, 0].tolist() == [0, 250, 500, 740, 990]
     assert (windows.diff(dim=1) == 1).all()
     assert evaluation_windows(counting(1003), Numbers(), 10, 10_000)[:, 0].tolist() == list(range(0, 1000, 10))
+
+
+def test_evaluation_windows_begin_as_the_tokenizer_begins_texts():
+    plain, begun = (evaluation_windows(counting(1003), Numbers(bos), 10, 5) for bos in (None, 7777))
+    assert (begun[:, 0] == 7777).all() and torch.equal(begun[:, 1:], plain)
 
 
 def test_a_text_that_is_too_short_is_refused_with_numbers():
