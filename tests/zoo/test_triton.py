@@ -19,6 +19,8 @@ from zoo.kernels.bitmask_linear import gpu as bitmask_gpu
 from zoo.kernels.bitmask_linear.reference import bitmask_linear, pack_bitmask
 from zoo.kernels.block_diagonal_linear import gpu as block_gpu
 from zoo.kernels.block_diagonal_linear.reference import block_diagonal_linear
+from zoo.kernels.packed_linear import gpu as packed_gpu
+from zoo.kernels.packed_linear.reference import SECTIONS, pack_codes, packed_linear
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHAPES = [(40, 76, 2, 4), (40, 96, 4, 8), (33, 300, 1, 4), (40, 77, 0, 0)]  # d_out, d_in, N, M; 0:0 is unstructured
@@ -74,6 +76,21 @@ def interpret():
                     armor_linear(x, wrap_in, values, bits, wrap_out),
                     f"armor {name}",
                 )
+
+            for bits in SECTIONS:
+                for d_out, d_in, group in ((40, 96, 32), (33, 160, -1)):
+                    codes = torch.randint(0, min(2**bits, 8), (d_out, d_in), generator=g).to(torch.uint8)
+                    shape = (d_out, 1 if group == -1 else d_in // group)
+                    x, scales = integers((tokens, d_in), dtype, 1, g), integers(shape, dtype, 1, g)
+                    integer = torch.randint(0, min(2**bits, 8), shape, generator=g).to(torch.uint8)
+                    bias = integers((d_out,), dtype, 5, g)
+                    for zeros in (integer, integer.to(dtype), None) if bits < 5 else (integer, integer.to(dtype)):
+                        weight = (pack_codes(codes, bits, group), scales, zeros, bias)
+                        same(
+                            packed_gpu.packed_linear_triton(x, *weight, bits),
+                            packed_linear(x, *weight, bits=bits, group_size=group),
+                            f"packed {bits} bits {NAMES[dtype]} {d_out}x{d_in} group {group}, {tokens} tokens",
+                        )
 
 
 def same(ours, definition, name):
@@ -134,6 +151,19 @@ def test_kernels_compile_ahead_of_time_without_spills(architecture, tmp_path, re
                 fused_warps,
             )
         )
+        rows, columns, packed_warps = packed_gpu.TILES[tokens]
+        for bits in (3, 4):
+            codes = {"BITS": bits, "LOW": SECTIONS[bits][0], "ZEROS": packed_gpu.INTEGER}
+            packed_tile = {"ROWS": rows, "COLS": columns, "TOKENS": tokens, "PRECISION": "tf32"}
+            packed = {"qweight": "*u8", "scales": "*bf16", "zeros": "*u8"}
+            cases.append(
+                (
+                    packed_gpu.packed_linear_kernel,
+                    {"x": "*bf16", **packed, "bias": "*bf16", "y": "*bf16", **sizes, "group": "i32"},
+                    codes | packed_tile,
+                    packed_warps,
+                )
+            )
         for kernel, signature, constants, number in cases:
             registers, spilled = compile_kernel(kernel, signature, constants, number, stages, architecture, tmp_path)
             name = f"{kernel.__name__}, sm_{architecture}, {tokens} tokens"

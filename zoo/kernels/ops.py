@@ -28,10 +28,12 @@ def define(
         torch.library.register_fake(full, shape)
 
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs)
+            ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+            ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
 
         def backward(ctx, grad):
-            x, *weights = ctx.saved_tensors
+            saved = zip(ctx.saved_tensors, ctx.numbers, strict=True)
+            x, *weights = (number if tensor is None else tensor for tensor, number in saved)
             grad_x = grad @ dense_weight(x, *weights).to(grad.dtype) if ctx.needs_input_grad[0] else None
             return grad_x, *(None for _ in weights)
 

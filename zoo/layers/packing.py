@@ -5,11 +5,13 @@ from torch import nn
 from ..errors import UserError
 from .armor import ArmorLinear
 from .bitmask import BitmaskLinear
+from .packed_bits import PackedBitsLinear
 from .packed_linear import PackedLinear
 
 FORMATS = {
     "armor": (ArmorLinear, {"block_in", "block_out"}, {"pattern"}),
     "bitmask": (BitmaskLinear, set(), {"pattern", "nnz"}),
+    "packed": (PackedBitsLinear, {"bits", "group_size", "zeros"}, set()),
 }
 
 

@@ -50,9 +50,7 @@ def unpack_codes(qweight: Tensor, bits: int, group_size: int, d_in: int) -> Tens
     return codes
 
 
-def dequantize(
-    qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, d_in: int
-) -> Tensor:
+def dequantize(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, d_in: int) -> Tensor:
     """The dense weight (d_out, d_in): computed in fp32, rounded once to the dtype of `scales`."""
     codes = unpack_codes(qweight, bits, group_size, d_in).float().view(len(qweight), scales.shape[1], -1)
     zero = 2.0 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
