@@ -28,10 +28,12 @@ from .kernels.bitmask_linear import bitmask_linear
 from .kernels.bitmask_linear.reference import pack_bitmask
 from .kernels.block_diagonal_linear import block_diagonal_linear
 from .kernels.build import LEVELS, level
+from .kernels.packed_linear import packed_linear
 from .layers.packing import pack_linears
 
 SHAPES = [(4096, 4096), (11008, 4096)]
 BLOCK = 64
+GROUP = 128
 CACHE_BYTES = 128 << 20  # more than any last-level cache the copies could hide in
 READ_BYTES = 128 << 20
 ONE_B = LlamaConfig(  # random weights, 1.0 B parameters
@@ -112,6 +114,68 @@ def bench_kernels(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]
         }
         for op, size in sizes.items()
     ]
+
+
+def bench_packed(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]:
+    """Rows for packed_linear at 2, 3, 4 and 8 bits in groups of 128 with integer zeros, x in bf16; torch's own 4-bit
+    product, of the same groups, is a peer up to 32 rows."""
+    copies = max(2, -(-CACHE_BYTES * 2 // (d_out * d_in)))
+    dense = [torch.randn(d_out, d_in) for _ in range(copies)]
+    dense16 = [w.bfloat16() for w in dense]
+    groups = d_in // GROUP
+    packed = {
+        bits: [
+            (
+                torch.randint(0, 256, (d_out, d_in * bits // 8), dtype=torch.uint8),
+                torch.rand(d_out, groups).bfloat16(),
+                torch.randint(0, 2**bits, (d_out, groups), dtype=torch.uint8),
+            )
+            for _ in range(copies)
+        ]
+        for bits in (2, 3, 4, 8)
+    }
+    x = torch.randn(batch, d_in)
+    x16 = x.bfloat16()
+    linear = nn.functional.linear
+
+    def run(bits: int, int8: bool) -> Callable[[int], object]:
+        return lambda i: packed_linear(x16, *packed[bits][i % copies], bits=bits, group_size=GROUP, int8=int8)
+
+    rivals = {
+        "torch bf16": lambda i: linear(x16, dense16[i % copies]),
+        "torch fp32": lambda i: linear(x, dense[i % copies]),
+    }
+    if batch <= 32:
+        codes = torch.randint(0, 16, (d_out, d_in), dtype=torch.int32)
+        torchs = [torch._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in range(copies)]
+        scales_and_zeros = torch.rand(groups, d_out, 2).bfloat16()
+        rivals["torch int4"] = lambda i: torch._weight_int4pack_mm_for_cpu(
+            x16, torchs[i % copies], GROUP, scales_and_zeros
+        )
+    seconds, bandwidth = rounds(
+        rivals
+        | {f"packed_linear {bits} bits": run(bits, False) for bits in packed}
+        | {f"packed_linear {bits} bits, int8 x": run(bits, True) for bits in packed if batch <= 32},
+        repeats,
+    )
+    rows = []
+    for op in seconds:
+        if op not in rivals:
+            size = sum(t.nbytes for t in packed[int(op.split()[1])][0])
+            rows.append(
+                {
+                    "op": op,
+                    "shape": [d_out, d_in],
+                    "dtype": "bfloat16",
+                    "batch": batch,
+                    "seconds": seconds[op],
+                    "bytes": size,
+                    "read_bandwidth": bandwidth,
+                    "fraction_of_bound": size / bandwidth / seconds[op],
+                    "ratio_to": {peer: seconds[peer] / seconds[op] for peer in rivals},
+                }
+            )
+    return rows
 
 
 def build_model(kind: str) -> nn.Module:
@@ -204,13 +268,15 @@ def main() -> None:
         print(json.dumps(run_model(flags.model, flags.tokens, repeats=3)))
         return
     print(f"{torch.get_num_threads()} threads, {LEVELS[level()]}")
-    print(f"{'op':24}{'shape':>14}{'batch':>7}{'GB/s':>7}{'of bound':>10}   speed against its peers")
+    print(f"{'op':32}{'shape':>14}{'batch':>7}{'GB/s':>7}{'of bound':>10}   speed against its peers")
     rows = []
     for d_out, d_in in SHAPES:
         for batch in (1, 8, 512):
             repeats = 3 if flags.quick else 40 if batch < 512 else 7
-            rows += bench_kernels(d_out, d_in, batch, repeats)
-            show(rows[-3:])
+            for bench in (bench_kernels, bench_packed):
+                found = bench(d_out, d_in, batch, repeats)
+                show(found)
+                rows += found
     rows += bench_model(flags.quick)
     show(rows[-2:])
     for kind, peak in rows[-1]["peak_rss_bytes"].items():
@@ -224,7 +290,7 @@ def show(rows: list[dict]) -> None:
     for row in rows:
         shape, bound = "x".join(map(str, row["shape"])), f"{100 * row['fraction_of_bound']:.0f} %"
         ratios = "  ".join(f"{ratio:.2f}x {peer}" for peer, ratio in row["ratio_to"].items())
-        print(f"{row['op']:24}{shape:>14}{row['batch']:>7}{row['read_bandwidth'] / 1e9:>7.1f}{bound:>10}   {ratios}")
+        print(f"{row['op']:32}{shape:>14}{row['batch']:>7}{row['read_bandwidth'] / 1e9:>7.1f}{bound:>10}   {ratios}")
 
 
 if __name__ == "__main__":

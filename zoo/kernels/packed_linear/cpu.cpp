@@ -39,12 +39,23 @@ struct Weight {
 static const int TILE = 16;  // floats that a vector of scales may read past the last chunk
 
 // x in fixed point, in the layout of one plane: digit d of the code that unpacking step s, shift k, byte i yields.
-// Column of the code that byte i of a plane holds k places up: 4 bytes hold 4 * shifts consecutive columns.
-inline int64_t column(int64_t i, int k, int64_t shifts) { return i / 4 * 4 * shifts + 4 * k + i % 4; }
-
+// The digits of x in the order in which a plane's codes are unpacked: for every step of 16 or 64 bytes, every shift and every
+// digit, as many digits as bytes.
 struct Digits {
-  std::vector<int8_t> bytes;   // n x steps x shifts x digits x 64, for AVX-512
-  std::vector<int16_t> words;  // n x steps x shifts x parts x 16, for AVX2
+  std::vector<int8_t> bytes;   // for AVX-512
+  std::vector<int16_t> words;  // for AVX2, which multiplies 16 bits: one digit of 16, or two for fp32
+};
+
+// Where the groups of 16 chunks at a time are: chunk c is of group first[c / 16] + inside[c].
+struct Groups {
+  std::vector<int32_t> inside, first;
+  Groups(int64_t chunks, int64_t groups) : inside((chunks + 15) / 16 * 16), first((chunks + 15) / 16) {
+    int64_t repeat = chunks / groups;
+    for (int64_t c = 0; c < chunks; c++) {
+      if (c % 16 == 0) first[c / 16] = (int32_t)(c / repeat);
+      inside[c] = (int32_t)(c / repeat - first[c / 16]);
+    }
+  }
 };
 
 struct FixedPoint {
@@ -54,57 +65,78 @@ struct FixedPoint {
   std::vector<int32_t> value;           // n x d_in
   bool finite = true;
 
+  // Loops that compilers vectorise for the least machine: this runs once a call, on one core.
   FixedPoint(const void* x, int64_t n, int64_t d_in, int digits, int dtype)
       : n(n), d_in(d_in), chunks(d_in / CHUNK), digits(digits), scale(n * (chunks + TILE)),
         scale_sum(n * (chunks + TILE)), value(n * d_in) {
-    const float top = digits == 1 ? 127 : digits == 2 ? 127 * 256 : 127 * 65536;
-    float part[CHUNK];
-    for (int64_t r = 0; r < n; r++)
+    std::vector<float> row(d_in);
+    for (int64_t r = 0; r < n; r++) {
+      if (dtype == BF16)
+        for (int64_t j = 0; j < d_in; j++) row[j] = bf16_to_float(((const uint16_t*)x)[r * d_in + j]);
+      else
+        for (int64_t j = 0; j < d_in; j++) row[j] = load_float(x, r * d_in + j, dtype);
       for (int64_t c = 0; c < chunks; c++) {
-        float peak = 0;
-        for (int64_t j = 0; j < CHUNK; j++) {
-          part[j] = load_float(x, r * d_in + c * CHUNK + j, dtype);
-          finite = finite && std::isfinite(part[j]);
-          peak = std::max(peak, std::fabs(part[j]));
+        uint32_t bits[CHUNK], peak_bits = 0;
+        std::memcpy(bits, &row[c * CHUNK], sizeof bits);
+        for (uint32_t b : bits) peak_bits = std::max(peak_bits, b & 0x7fffffffu);
+        finite = finite && peak_bits < 0x7f800000u;
+        float peak, step, inverse;
+        std::memcpy(&peak, &peak_bits, 4);
+        if (digits == 1) {
+          step = peak / 127, inverse = peak > 1e-30f ? 127 / peak : 0;
+        } else {  // a power of two with |x| / step < 2^(8 digits - 2): x of few bits, as bf16, is kept whole
+          int exponent = (int)(peak_bits >> 23) - 126 - (8 * digits - 2);
+          bool normal = exponent > -126 && exponent < 126;  // what is smaller counts as 0
+          step = std::ldexp(1.0f, normal ? exponent : 0), inverse = normal ? 1 / step : 0;
         }
-        // a power of two: dividing by it is exact, so x with few bits, as bf16 has, is kept whole
-        float step = peak > 0 ? std::exp2(std::ceil(std::log2(peak / top))) : 1, inverse = 1 / step;
-        if (!finite || !std::isfinite(inverse)) step = 1, inverse = 0;  // not finite, or all below fp32's normal numbers
-        int64_t sum = 0;
-        for (int64_t j = 0; j < CHUNK; j++) {
-          int32_t v = finite ? (int32_t)std::lrintf(part[j] * inverse) : 0;
-          value[r * d_in + c * CHUNK + j] = v;
-          sum += v;
+        if (!finite) inverse = 0;
+        int32_t sum = 0, *v = &value[r * d_in + c * CHUNK];
+        for (int64_t j = 0; j < CHUNK; j++) {  // adding 1.5 x 2^23 rounds to the nearest integer
+          float shifted = row[c * CHUNK + j] * inverse + 12582912.0f;
+          int32_t rounded;
+          std::memcpy(&rounded, &shifted, 4);
+          v[j] = inverse != 0 ? rounded - 0x4b400000 : 0;
+          sum += v[j];
         }
         scale[r * (chunks + TILE) + c] = step;
         scale_sum[r * (chunks + TILE) + c] = step * (float)sum;
       }
+    }
   }
 
-  Digits lay_out(int width, int64_t step_bytes, bool as_words) const {
-    int64_t bytes = d_in * width / 8, steps = (bytes + step_bytes - 1) / step_bytes, shifts = 8 / width;
-    int64_t parts = as_words ? (digits == 3 ? 2 : 1) : digits, row = steps * shifts * parts * step_bytes;
+  // Four bytes of a plane hold 32 / width consecutive columns, column j in byte j % 4: so quadruples of columns move together.
+  template <typename Digit, int PARTS>
+  void lay_out(int width, int64_t step_bytes, std::vector<Digit>& out) const {
+    struct Quad { Digit digit[4]; };
+    int64_t quads = d_in * width / 32, in_step = step_bytes / 4, steps = (quads + in_step - 1) / in_step;
+    int64_t shifts = 8 / width, row = steps * shifts * PARTS * in_step;
+    out.resize(n * row * 4);
+    Quad* to = (Quad*)out.data();
+    std::vector<Digit> split(PARTS * d_in);
+    for (int64_t r = 0; r < n; r++) {
+      for (int64_t j = 0; j < d_in; j++) {  // the lowest digit first, each but the top one in [-half, half)
+        int32_t rest = value[r * d_in + j];
+        for (int d = PARTS - 1; d > 0; d--) {
+          Digit low = (Digit)rest;
+          split[d * d_in + j] = low, rest = (rest - low) >> (8 * sizeof(Digit));
+        }
+        split[j] = (Digit)rest;
+      }
+      for (int64_t q = 0; q < quads; q++)
+        for (int64_t k = 0; k < shifts; k++)
+          for (int d = 0; d < PARTS; d++)
+            std::memcpy(&to[r * row + ((q / in_step * shifts + k) * PARTS + d) * in_step + q % in_step],
+                        &split[d * d_in + (q * shifts + k) * 4], sizeof(Quad));
+    }
+  }
+
+  Digits laid_out(int width, bool as_words) const {
     Digits out;
-    if (as_words) out.words.resize(n * row);
-    else out.bytes.resize(n * row);
-    for (int64_t r = 0; r < n; r++)
-      for (int64_t s = 0; s < steps; s++)
-        for (int k = 0; k < shifts; k++)
-          for (int64_t i = 0; i < std::min(step_bytes, bytes - s * step_bytes); i++) {
-            int64_t base = r * row + (s * shifts + k) * parts * step_bytes + i;
-            int32_t rest = value[r * d_in + column(s * step_bytes + i, k, shifts)];
-            if (as_words) {  // digits of 16 bits, the lowest first, each but the top one in [-half, half)
-              int16_t low = (int16_t)rest;
-              if (parts == 2) out.words[base + step_bytes] = low, rest = (rest - low) >> 16;
-              out.words[base] = (int16_t)rest;
-            } else {
-              for (int64_t d = parts - 1; d > 0; d--) {
-                int8_t low = (int8_t)rest;
-                out.bytes[base + d * step_bytes] = low, rest = (rest - low) >> 8;
-              }
-              out.bytes[base] = (int8_t)rest;
-            }
-          }
+    if (as_words && digits == 3) lay_out<int16_t, 2>(width, 16, out.words);
+    else if (as_words) lay_out<int16_t, 1>(width, 16, out.words);
+    else if (digits == 1) lay_out<int8_t, 1>(width, 64, out.bytes);
+    else if (digits == 2) lay_out<int8_t, 2>(width, 64, out.bytes);
+    else lay_out<int8_t, 3>(width, 64, out.bytes);
     return out;
   }
 };
@@ -210,73 +242,133 @@ TARGET_AVX2 inline void dots(const Weight& w, int64_t i, const FixedPoint& x, co
 
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt,bmi2")))
 namespace avx512 {
-template <int WIDTH, int DIGITS, int COUNT>
-TARGET_VNNI inline void plane_dots(const uint8_t* plane, const FixedPoint& x, const Digits& laid, int64_t first,
-                                   const float* t, __m512* acc) {
+// For row i and COUNT vectors: t = scale xscale of every chunk, and the sum of scale zero xscale X, which is to be taken off.
+template <int COUNT>
+TARGET_VNNI inline void row_scales(const Weight& w, int64_t i, const FixedPoint& x, int64_t first, const Groups& groups,
+                                   float* t, float* gathered, float* offset) {
+  float *scale = gathered, *zero = gathered + w.groups + 16;
+  for (int64_t g = 0; g < w.groups; g += 16) {
+    __mmask16 m = w.groups - g >= 16 ? 0xffff : (1u << (w.groups - g)) - 1;
+    __m512 z = _mm512_set1_ps((float)(1 << (w.bits - 1)));
+    if (w.zeros_kind == INTEGER)
+      z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, (const uint8_t*)w.zeros + i * w.groups + g)));
+    if (w.zeros_kind == FLOAT) z = load16(w.zeros, i * w.groups + g, w.dtype, m);
+    __m512 s = load16(w.scales, i * w.groups + g, w.dtype, m);
+    _mm512_storeu_ps(scale + g, s);
+    _mm512_storeu_ps(zero + g, _mm512_mul_ps(s, z));
+  }
+  const int64_t stride = x.chunks + TILE;
+  __m512 total[COUNT];
+  for (int b = 0; b < COUNT; b++) total[b] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < x.chunks; c += 16) {
+    __m512i inside = _mm512_loadu_si512(&groups.inside[c]);
+    __m512 s = _mm512_permutexvar_ps(inside, _mm512_loadu_ps(scale + groups.first[c / 16]));
+    __m512 z = _mm512_permutexvar_ps(inside, _mm512_loadu_ps(zero + groups.first[c / 16]));
+    for (int b = 0; b < COUNT; b++) {  // beyond the last chunk xscale and X are 0
+      _mm512_storeu_ps(t + b * stride + c, _mm512_mul_ps(s, _mm512_loadu_ps(&x.scale[(first + b) * stride + c])));
+      total[b] = _mm512_fmadd_ps(z, _mm512_loadu_ps(&x.scale_sum[(first + b) * stride + c]), total[b]);
+    }
+  }
+  for (int b = 0; b < COUNT; b++) offset[b] = _mm512_reduce_add_ps(total[b]);
+}
+
+template <int WIDTH, int DIGITS, int ROWS, int COUNT>
+TARGET_VNNI inline void plane_dots(const uint8_t* const* planes, const FixedPoint& x, const Digits& laid, int64_t first,
+                                   const float* t, __m512 (*totals)[COUNT]) {
   constexpr int SHIFTS = 8 / WIDTH;
   const int64_t bytes = x.d_in * WIDTH / 8, steps = (bytes + 63) / 64;
   const __m512i mask = _mm512_set1_epi8((char)((1 << WIDTH) - 1));
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i at = _mm512_srli_epi32(lane, WIDTH == 8 ? 3 : WIDTH / 2);  // WIDTH lanes to a chunk
-  const int64_t t_stride = x.chunks + TILE, x_stride = steps * SHIFTS * DIGITS * 64;
+  const int64_t stride = x.chunks + TILE, x_stride = steps * SHIFTS * DIGITS * 64;
   const int8_t* digits = &laid.bytes[first * x_stride];
+  __m512 acc[ROWS][COUNT];  // in registers
+  for (int r = 0; r < ROWS; r++)
+    for (int b = 0; b < COUNT; b++) acc[r][b] = totals[r][b];
   for (int64_t s = 0; s < steps; s++) {
-    __m512i packed = 64 * s + 64 <= bytes ? _mm512_loadu_si512(plane + 64 * s)
-                                          : _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes - 64 * s), plane + 64 * s);
-    _mm_prefetch((const char*)plane + 64 * s + PREFETCH, _MM_HINT_T0);
-    __m512i codes[SHIFTS];
-    for (int k = 0; k < SHIFTS; k++)
-      codes[k] = WIDTH == 8 ? packed : _mm512_and_si512(k ? _mm512_srli_epi16(packed, k * WIDTH) : packed, mask);
+    __m512i codes[ROWS][SHIFTS];
+    for (int r = 0; r < ROWS; r++) {
+      const uint8_t* at_byte = planes[r] + 64 * s;
+      __m512i packed = 64 * s + 64 <= bytes ? _mm512_loadu_si512(at_byte)
+                                            : _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes - 64 * s), at_byte);
+      _mm_prefetch((const char*)at_byte + PREFETCH, _MM_HINT_T0);
+      for (int k = 0; k < SHIFTS; k++)
+        codes[r][k] = WIDTH == 8 ? packed : _mm512_and_si512(k ? _mm512_srli_epi16(packed, k * WIDTH) : packed, mask);
+    }
     for (int b = 0; b < COUNT; b++) {
       const int8_t* d = digits + b * x_stride + s * SHIFTS * DIGITS * 64;
-      __m512i sum[DIGITS];
-      for (int j = 0; j < DIGITS; j++) {
-        sum[j] = _mm512_setzero_si512();
-        for (int k = 0; k < SHIFTS; k++)
-          sum[j] = _mm512_dpbusd_epi32(sum[j], codes[k], _mm512_loadu_si512(d + (k * DIGITS + j) * 64));
+      __m512i sum[ROWS][DIGITS];
+      for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < DIGITS; j++) sum[r][j] = _mm512_setzero_si512();
+      for (int k = 0; k < SHIFTS; k++)
+        for (int j = 0; j < DIGITS; j++) {
+          __m512i digit = _mm512_loadu_si512(d + (k * DIGITS + j) * 64);
+          for (int r = 0; r < ROWS; r++) sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], codes[r][k], digit);
+        }
+      for (int r = 0; r < ROWS; r++) {
+        __m512i top = sum[r][0];
+        if (DIGITS > 1) top = _mm512_add_epi32(_mm512_slli_epi32(top, 8), sum[r][DIGITS > 1]);
+        __m512 dot = _mm512_cvtepi32_ps(top);
+        if (DIGITS > 2) dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum[r][DIGITS - 1]));
+        const float* scales = t + (r * MAX_VECTORS + b) * stride + 16 / WIDTH * s;
+        acc[r][b] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(at, _mm512_loadu_ps(scales)), acc[r][b]);
       }
-      __m512i top = sum[0];
-      if (DIGITS > 1) top = _mm512_add_epi32(_mm512_slli_epi32(top, 8), sum[DIGITS > 1]);
-      __m512 dot = _mm512_cvtepi32_ps(top);
-      if (DIGITS > 2) dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum[DIGITS - 1]));
-      __m512 scale = _mm512_permutexvar_ps(at, _mm512_loadu_ps(t + b * t_stride + 16 / WIDTH * s));
-      acc[b] = _mm512_fmadd_ps(dot, scale, acc[b]);
     }
   }
+  for (int r = 0; r < ROWS; r++)
+    for (int b = 0; b < COUNT; b++) totals[r][b] = acc[r][b];
 }
 
-template <int DIGITS, int COUNT>
+// ROWS rows from row i on times COUNT vectors: out[r * MAX_VECTORS + b]; x is loaded once for all rows.
+template <int DIGITS, int ROWS, int COUNT>
 TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, const Digits* laid, int64_t first,
-                             const float* t, float* out) {
-  __m512 acc[COUNT];
-  for (int b = 0; b < COUNT; b++) acc[b] = _mm512_setzero_ps();
-  const uint8_t* end = w.codes + (i + 1) * w.row_bytes();
+                             const Groups& groups, float* t, float* gathered, float* out) {
+  __m512 acc[ROWS][COUNT];
+  const uint8_t* planes[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    row_scales<COUNT>(w, i + r, x, first, groups, t + r * MAX_VECTORS * (x.chunks + TILE), gathered,
+                      out + r * MAX_VECTORS);
+    for (int b = 0; b < COUNT; b++) acc[r][b] = _mm512_setzero_ps();
+    planes[r] = w.codes + (i + r + 1) * w.row_bytes();
+  }
   for (int p = PLANES[w.bits][1] ? 1 : 0; p >= 0; p--) {  // the high plane first: its sums are worth 2^(bits below)
     int width = PLANES[w.bits][p];
-    end -= w.d_in * width / 8;
-    if (width == 1) plane_dots<1, DIGITS, COUNT>(end, x, laid[p], first, t, acc);
-    else if (width == 2) plane_dots<2, DIGITS, COUNT>(end, x, laid[p], first, t, acc);
-    else if (width == 4) plane_dots<4, DIGITS, COUNT>(end, x, laid[p], first, t, acc);
-    else plane_dots<8, DIGITS, COUNT>(end, x, laid[p], first, t, acc);
+    for (int r = 0; r < ROWS; r++) planes[r] -= w.d_in * width / 8;
+    if (width == 1) plane_dots<1, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
+    else if (width == 2) plane_dots<2, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
+    else if (width == 4) plane_dots<4, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
+    else plane_dots<8, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
     if (p)
-      for (int b = 0; b < COUNT; b++) acc[b] = _mm512_mul_ps(acc[b], _mm512_set1_ps((float)(1 << PLANES[w.bits][0])));
+      for (int r = 0; r < ROWS; r++)
+        for (int b = 0; b < COUNT; b++)
+          acc[r][b] = _mm512_mul_ps(acc[r][b], _mm512_set1_ps((float)(1 << PLANES[w.bits][0])));
   }
-  for (int b = 0; b < COUNT; b++) out[b] = _mm512_reduce_add_ps(acc[b]);
+  for (int r = 0; r < ROWS; r++)
+    for (int b = 0; b < COUNT; b++)
+      out[r * MAX_VECTORS + b] = _mm512_reduce_add_ps(acc[r][b]) - out[r * MAX_VECTORS + b];
 }
 
-template <int DIGITS>
+template <int DIGITS, int ROWS>
 TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, const Digits* laid, int64_t first, int count,
-                             const float* t, float* out) {
+                             const Groups& groups, float* t, float* gathered, float* out) {
   switch (count) {
-    case 1: return dots<DIGITS, 1>(w, i, x, laid, first, t, out);
-    case 2: return dots<DIGITS, 2>(w, i, x, laid, first, t, out);
-    case 3: return dots<DIGITS, 3>(w, i, x, laid, first, t, out);
-    case 4: return dots<DIGITS, 4>(w, i, x, laid, first, t, out);
-    case 5: return dots<DIGITS, 5>(w, i, x, laid, first, t, out);
-    case 6: return dots<DIGITS, 6>(w, i, x, laid, first, t, out);
-    case 7: return dots<DIGITS, 7>(w, i, x, laid, first, t, out);
-    default: return dots<DIGITS, 8>(w, i, x, laid, first, t, out);
+    case 1: return dots<DIGITS, ROWS, 1>(w, i, x, laid, first, groups, t, gathered, out);
+    case 2: return dots<DIGITS, ROWS, 2>(w, i, x, laid, first, groups, t, gathered, out);
+    case 3: return dots<DIGITS, ROWS, 3>(w, i, x, laid, first, groups, t, gathered, out);
+    case 4: return dots<DIGITS, ROWS, 4>(w, i, x, laid, first, groups, t, gathered, out);
+    case 5: return dots<DIGITS, ROWS, 5>(w, i, x, laid, first, groups, t, gathered, out);
+    case 6: return dots<DIGITS, ROWS, 6>(w, i, x, laid, first, groups, t, gathered, out);
+    case 7: return dots<DIGITS, ROWS, 7>(w, i, x, laid, first, groups, t, gathered, out);
+    default: return dots<DIGITS, ROWS, 8>(w, i, x, laid, first, groups, t, gathered, out);
   }
+}
+
+template <int ROWS>
+TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, const Digits* laid, int64_t first, int count,
+                             const Groups& groups, float* t, float* gathered, float* out) {
+  if (x.digits == 1) dots<1, ROWS>(w, i, x, laid, first, count, groups, t, gathered, out);
+  else if (x.digits == 2) dots<2, ROWS>(w, i, x, laid, first, count, groups, t, gathered, out);
+  else dots<3, ROWS>(w, i, x, laid, first, count, groups, t, gathered, out);
 }
 
 // codes (d_in,) -> (code - zero) scale in the dtype of the weight
@@ -315,36 +407,40 @@ extern "C" int slimzoo_packed_linear(const void* x, const uint8_t* qweight, cons
   int64_t chunks = fixed.chunks, stride = chunks + TILE;
   if (level >= AVX2)
     for (int p = 0; p < 2 && PLANES[bits][p]; p++)
-      laid[p] = fixed.lay_out(PLANES[bits][p], level == AVX2 ? 16 : 64, level == AVX2);
+      laid[p] = fixed.laid_out(PLANES[bits][p], level == AVX2);
+  Groups where(chunks, groups);
+  const int at_once = level >= AVX512 && n > 1 ? 2 : 1;  // rows that share each load of x; alone, one stream is faster
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> scale(stride), zero(stride), t(MAX_VECTORS * stride);
+    std::vector<float> scale(stride), zero(stride), t(2 * MAX_VECTORS * stride), gathered(2 * (groups + 16));
     std::vector<uint8_t> codes(level >= AVX2 ? 0 : d_in);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < d_out; i++) {
-      w.row(i, scale.data(), zero.data());
-      float add = bias ? load_float(bias, i, dtype) : 0, out[MAX_VECTORS];
+    for (int64_t pair = 0; pair < (d_out + at_once - 1) / at_once; pair++) {
+      int64_t i = pair * at_once;
+      int rows = (int)std::min<int64_t>(at_once, d_out - i);
+      float out[2 * MAX_VECTORS];
+      if (level < AVX512) w.row(i, scale.data(), zero.data());
       for (int64_t first = 0; first < n; first += MAX_VECTORS) {
         int count = (int)std::min<int64_t>(MAX_VECTORS, n - first);
-        if (level >= AVX2)
-          for (int b = 0; b < count; b++)
-            for (int64_t c = 0; c < chunks; c++) t[b * stride + c] = scale[c] * fixed.scale[(first + b) * stride + c];
 #ifdef X86
         if (level >= AVX512) {
-          if (digits == 1) avx512::dots<1>(w, i, fixed, laid, first, count, t.data(), out);
-          else if (digits == 2) avx512::dots<2>(w, i, fixed, laid, first, count, t.data(), out);
-          else avx512::dots<3>(w, i, fixed, laid, first, count, t.data(), out);
+          if (rows == 2) avx512::dots<2>(w, i, fixed, laid, first, count, where, t.data(), gathered.data(), out);
+          else avx512::dots<1>(w, i, fixed, laid, first, count, where, t.data(), gathered.data(), out);
         } else if (level == AVX2) {
+          for (int b = 0; b < count; b++)
+            for (int64_t c = 0; c < chunks; c++) t[b * stride + c] = scale[c] * fixed.scale[(first + b) * stride + c];
           avx2::dots(w, i, fixed, laid, first, count, t.data(), out);
         }
 #endif
         if (level < AVX2) portable::dots(w, i, fixed, first, count, scale.data(), codes.data(), out);
-        for (int b = 0; b < count; b++) {
-          const float* sums = &fixed.scale_sum[(first + b) * stride];
-          float offset = 0;
-          for (int64_t c = 0; c < chunks; c++) offset += scale[c] * zero[c] * sums[c];
-          store_float(y, (first + b) * d_out + i, out[b] - offset + add, dtype);
-        }
+        if (level < AVX512)
+          for (int b = 0; b < count; b++)
+            for (int64_t c = 0; c < chunks; c++) out[b] -= scale[c] * zero[c] * fixed.scale_sum[(first + b) * stride + c];
+        for (int r = 0; r < rows; r++)
+          for (int b = 0; b < count; b++) {
+            float add = bias ? load_float(bias, i + r, dtype) : 0;
+            store_float(y, (first + b) * d_out + i + r, out[r * MAX_VECTORS + b] + add, dtype);
+          }
       }
     }
   }
