@@ -104,7 +104,7 @@ def test_any_shape_and_any_size_of_numbers(d_out, chunks, rows, bits, kind, whol
         W = dequantize(*packed, bits, group, d_in).double()
         y = packed_linear(x, *packed, bits=bits, group_size=group)
         assert y.shape == (rows, d_out)
-        assert not rows or error(y, x, W, None) < 3e-6 or (x.abs().max() < 1e-28 and y.abs().max() < 1e-26)
+        assert not rows or error(y, x, W, None) < 1e-5 or (x.abs().max() < 1e-28 and y.abs().max() < 1e-26)
     build.level.cache_clear()
 
 
