@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import is_triton_available
 
 NAMESPACE = "slimzoo"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SKINNY = 32  # rows of x up to which a product is read straight from the packed weight
 _kept = threading.local()  # scratch memory by use
 
@@ -62,18 +63,18 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and is_triton_available()
 
 
-def check(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless the condition holds: shapes and dtypes are checked before pointers are taken."""
-    if not condition:
-        raise ValueError(message)
-
-
 def check_floats(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """x and all given tensors: one floating dtype (fp32, bf16, fp16) and one device."""
-    check(
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16), f"{op}: x is {x.dtype}; fp32, bf16 or fp16 is needed"
-    )
+    """Raises ValueError unless x and all given tensors are of one floating dtype (fp32, bf16, fp16) and on one device.
+
+    This, like all checks before a pointer is taken, runs at every call: messages are made only when they are needed.
+    """
+    dtype, device = x.dtype, x.device
+    if dtype not in FLOATS:
+        raise ValueError(f"{op}: x is {dtype}; fp32, bf16 or fp16 is needed")
     for name, tensor in tensors.items():
-        if tensor is not None:
-            check(tensor.dtype == x.dtype, f"{op}: {name} is {tensor.dtype} and x is {x.dtype}; they must be equal")
-            check(tensor.device == x.device, f"{op}: {name} is on {tensor.device} and x on {x.device}")
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype} and x is {dtype}; they must be equal")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} and x on {device}")

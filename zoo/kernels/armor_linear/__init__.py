@@ -9,7 +9,7 @@ from ..bitmask_linear import expanded_tiles
 from ..bitmask_linear.reference import unpack_bitmask
 from ..block_diagonal_linear import block_diagonal_product
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu, scratch
+from ..ops import SKINNY, check_floats, define, linear_shape, on_gpu, scratch
 from .gpu import armor_linear_triton
 from .reference import armor_linear as armor_linear_reference
 
@@ -78,12 +78,18 @@ def armor_linear(
     Raises: ValueError when shapes, dtypes or devices do not fit.
     """
     check_floats("armor_linear", x, wrap_in=wrap_in, values=values, wrap_out=wrap_out, bias=bias)
-    check(mask.dtype == torch.uint8 and mask.ndim == 2, "armor_linear: mask must be uint8 (d_out, ceil(d_in / 8))")
-    check(values.ndim == 2 and len(values) == len(mask), "armor_linear: values must be (d_out, kept per row)")
+    if not (mask.dtype == torch.uint8 and mask.ndim == 2):
+        raise ValueError("armor_linear: mask must be uint8 (d_out, ceil(d_in / 8))")
+    if not (values.ndim == 2 and len(values) == len(mask)):
+        raise ValueError("armor_linear: values must be (d_out, kept per row)")
     for name, blocks in (("wrap_in", wrap_in), ("wrap_out", wrap_out)):
-        check(blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2], f"armor_linear: {name} must be (n, b, b)")
+        if not (blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2]):
+            raise ValueError(f"armor_linear: {name} must be (n, b, b)")
     d_in, d_out = wrap_in.shape[0] * wrap_in.shape[1], wrap_out.shape[0] * wrap_out.shape[1]
-    check(x.ndim >= 1 and x.shape[-1] == d_in, f"armor_linear: x {tuple(x.shape)} must end in {d_in}")
-    check(mask.shape == (d_out, -(-d_in // 8)), f"armor_linear: mask {tuple(mask.shape)} does not fit {d_out}x{d_in}")
-    check(bias is None or bias.shape == (d_out,), f"armor_linear: bias must be ({d_out},)")
+    if not (x.ndim >= 1 and x.shape[-1] == d_in):
+        raise ValueError(f"armor_linear: x {tuple(x.shape)} must end in {d_in}")
+    if not (mask.shape == (d_out, -(-d_in // 8))):
+        raise ValueError(f"armor_linear: mask {tuple(mask.shape)} does not fit {d_out}x{d_in}")
+    if not (bias is None or bias.shape == (d_out,)):
+        raise ValueError(f"armor_linear: bias must be ({d_out},)")
     return _op(x, wrap_in, values, mask, wrap_out, bias)

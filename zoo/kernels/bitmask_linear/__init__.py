@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu, scratch
+from ..ops import SKINNY, check_floats, define, linear_shape, on_gpu, scratch
 from .gpu import bitmask_linear_triton
 from .reference import bitmask_linear as bitmask_linear_reference
 from .reference import unpack_bitmask
@@ -92,13 +92,18 @@ def bitmask_linear(
     know: layers check it once, at loading. Raises: ValueError when shapes, dtypes or devices do not fit.
     """
     check_floats("bitmask_linear", x, values=values, bias=bias)
-    check(mask.dtype == torch.uint8 and mask.ndim == 2, "bitmask_linear: mask must be uint8 (d_out, ceil(d_in / 8))")
+    if not (mask.dtype == torch.uint8 and mask.ndim == 2):
+        raise ValueError("bitmask_linear: mask must be uint8 (d_out, ceil(d_in / 8))")
     d_out, width = mask.shape
-    check(x.ndim >= 1 and width == -(-x.shape[-1] // 8), f"bitmask_linear: x {tuple(x.shape)} does not fit the mask")
+    if not (x.ndim >= 1 and width == -(-x.shape[-1] // 8)):
+        raise ValueError(f"bitmask_linear: x {tuple(x.shape)} does not fit the mask")
     if row_offsets is None:
-        check(values.ndim == 2 and len(values) == d_out, "bitmask_linear: 2-D values need a row per output")
+        if not (values.ndim == 2 and len(values) == d_out):
+            raise ValueError("bitmask_linear: 2-D values need a row per output")
     else:
         fits = values.ndim == 1 and row_offsets.dtype == torch.int64 and row_offsets.shape == (d_out + 1,)
-        check(fits, "bitmask_linear: 1-D values need row_offsets int64 (d_out + 1,)")
-    check(bias is None or bias.shape == (d_out,), f"bitmask_linear: bias must be ({d_out},)")
+        if not (fits):
+            raise ValueError("bitmask_linear: 1-D values need row_offsets int64 (d_out + 1,)")
+    if not (bias is None or bias.shape == (d_out,)):
+        raise ValueError(f"bitmask_linear: bias must be ({d_out},)")
     return _op(x, values, mask, bias, row_offsets)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, on_gpu
+from ..ops import SKINNY, check_floats, define, on_gpu
 from .gpu import block_diagonal_linear_triton
 from .reference import block_diagonal_linear as block_diagonal_linear_reference
 
@@ -62,8 +62,11 @@ def block_diagonal_linear(x: Tensor, blocks: Tensor, bias: Tensor | None = None)
     fp32, bf16 or fp16 alike; differentiable in x. Raises: ValueError when shapes, dtypes or devices do not fit.
     """
     check_floats("block_diagonal_linear", x, blocks=blocks, bias=bias)
-    check(blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2], "block_diagonal_linear: blocks must be (n, b, b)")
+    if not (blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2]):
+        raise ValueError("block_diagonal_linear: blocks must be (n, b, b)")
     size = blocks.shape[0] * blocks.shape[1]
-    check(x.ndim >= 1 and x.shape[-1] == size, f"block_diagonal_linear: x {tuple(x.shape)} must end in {size}")
-    check(bias is None or bias.shape == (size,), f"block_diagonal_linear: bias must be ({size},)")
+    if not (x.ndim >= 1 and x.shape[-1] == size):
+        raise ValueError(f"block_diagonal_linear: x {tuple(x.shape)} must end in {size}")
+    if not (bias is None or bias.shape == (size,)):
+        raise ValueError(f"block_diagonal_linear: bias must be ({size},)")
     return _op(x, blocks, bias)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check, check_floats, define, linear_shape, on_gpu, scratch
+from ..ops import SKINNY, check_floats, define, linear_shape, on_gpu, scratch
 from .gpu import packed_linear_triton
 from .reference import check_format, dequantize
 from .reference import packed_linear as packed_linear_reference
@@ -105,16 +105,18 @@ def packed_linear(
     if zeros is not None and zeros.dtype != torch.uint8:
         floats["zeros"] = zeros
     check_floats("packed_linear", x, **floats)
-    check(
-        qweight.dtype == torch.uint8 and qweight.ndim == 2,
-        "packed_linear: qweight must be uint8 (d_out, d_in bits / 8)",
-    )
+    if not (qweight.dtype == torch.uint8 and qweight.ndim == 2):
+        raise ValueError("packed_linear: qweight must be uint8 (d_out, d_in bits / 8)")
     d_out, width = qweight.shape
     d_in = x.shape[-1] if x.ndim else 0
     check_format(d_in, bits, group_size)
-    check(width * 8 == d_in * bits, f"packed_linear: x {tuple(x.shape)} does not fit qweight {tuple(qweight.shape)}")
+    if not (width * 8 == d_in * bits):
+        raise ValueError(f"packed_linear: x {tuple(x.shape)} does not fit qweight {tuple(qweight.shape)}")
     groups = 1 if group_size == -1 else d_in // group_size
-    check(scales.shape == (d_out, groups), f"packed_linear: scales must be ({d_out}, {groups})")
-    check(zeros is None or zeros.shape == scales.shape, f"packed_linear: zeros must be ({d_out}, {groups})")
-    check(bias is None or bias.shape == (d_out,), f"packed_linear: bias must be ({d_out},)")
+    if not (scales.shape == (d_out, groups)):
+        raise ValueError(f"packed_linear: scales must be ({d_out}, {groups})")
+    if not (zeros is None or zeros.shape == scales.shape):
+        raise ValueError(f"packed_linear: zeros must be ({d_out}, {groups})")
+    if not (bias is None or bias.shape == (d_out,)):
+        raise ValueError(f"packed_linear: bias must be ({d_out},)")
     return _op(x, qweight, scales, zeros, bias, bits, group_size, int8)
