@@ -218,8 +218,8 @@ def export_compressed_tensors(checkpoint: Path, output: Path) -> Path:
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """codes uint8 (rows, n), n padded to 32s -> int32 (rows, ceil(n bits / 32)), code i at bit i * bits of its row."""
     rows, n = codes.shape
-    planes = codes.to(torch.uint8).unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)
-    stream = (planes & 1).view(rows, n * bits)
+    planes = codes.to(torch.uint8).contiguous().unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)
+    stream = (planes & 1).reshape(rows, n * bits)
     stream = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).view(rows, -1, 8)
     packed = (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     return packed.contiguous().view(torch.int32)

@@ -1,10 +1,11 @@
 """How a recipe scales: a random checkpoint of LLaMA-7B's shape, larger than the memory allowed, and its first blocks
 compressed by the very loop that recipes run. `make bench-scale`, or
 
-python -m recipes.common.scale [--blocks 3] [--iters 2 6] [--folder runs/random-7b]
+python -m recipes.common.scale [--blocks 3] [--folder runs/random-7b]
 
-Prints the peak resident memory, the seconds of each block, and what the whole model would take at the recipe's own
-number of iterations. Writes 13.5 GB once; --folder is kept for the next time.
+Prints the peak resident memory, the seconds of a block at ITERS iterations of ARMOR's loop, the seconds of an iteration,
+and what the whole model would take at the recipe's own number of them; the refit is whole. Writes 13.5 GB once; --folder
+is kept for the next time.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from recipes.armor import Armor
+from recipes.armor import Armor, init_nowag, optimise
+from recipes.common.pruners import normalize
 from recipes.common.streaming import MatrixStore, StreamedModel, compress_blocks
 from zoo.checkpoint import atomic_folder
 
+ITERS = 2
 SEVEN_B = LlamaConfig(  # LLaMA-2-7B's shape: 6.7 B parameters
     hidden_size=4096,
     intermediate_size=11008,
@@ -84,10 +87,27 @@ def compress_first_blocks(folder: Path, recipe: Armor, blocks: int) -> float:
         return time.perf_counter() - began
 
 
+def iteration_seconds(folder: Path, recipe: Armor) -> float:
+    """Seconds of one iteration for all matrices of a block, one thread each and as many at a time as there are threads."""
+    model, seconds, threads = StreamedModel(folder), 0.0, torch.get_num_threads()
+    model.load_block(0)
+    torch.set_num_threads(1)
+    for module in model.linears(0).values():
+        W_bar, _, _ = normalize(module.weight.detach())
+        b_out, b_in = recipe.blocks(*W_bar.shape)
+        d = torch.ones(W_bar.shape[1])
+        factors = init_nowag(W_bar, d, b_out, b_in, 2, 4)
+        began = time.perf_counter()
+        optimise(factors, W_bar, d, recipe, torch.Generator().manual_seed(0))
+        seconds += (time.perf_counter() - began) / recipe.iters
+    torch.set_num_threads(threads)
+    return seconds / threads
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=3, help="blocks to compress")
-    parser.add_argument("--iters", type=int, nargs=2, default=[2, 6], help="two lengths of ARMOR's loop to measure")
     parser.add_argument("--folder", type=Path, default=Path("runs/random-7b"), help="the random model, made if missing")
     flags = parser.parse_args()
     if not flags.folder.exists():
@@ -97,14 +117,13 @@ def main() -> None:
         write_random_model(flags.folder, SEVEN_B)
     size = sum(path.stat().st_size for path in flags.folder.glob("*.safetensors"))
     print(f"{flags.folder}: {size / 1e9:.1f} GB on disk")
-    few, many = flags.iters
-    short = compress_first_blocks(flags.folder, Armor(iters=few), 1)
-    long = compress_first_blocks(flags.folder, Armor(iters=many), flags.blocks)
+    recipe = Armor(iters=ITERS)
+    seconds = compress_first_blocks(flags.folder, recipe, flags.blocks) / flags.blocks
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    per_iteration = (long / flags.blocks - short) / (many - few)
-    block = short + (Armor.iters - few) * per_iteration
-    print(f"peak resident memory over {flags.blocks} blocks: {peak / 2**30:.2f} GiB")
-    print(f"a block takes {short - few * per_iteration:.0f} s and {per_iteration:.1f} s per iteration")
+    print(f"peak resident memory over {flags.blocks} blocks: {peak / 2**30:.2f} GiB", flush=True)
+    per_iteration = iteration_seconds(flags.folder, recipe)
+    block = seconds + (Armor.iters - ITERS) * per_iteration
+    print(f"a block takes {seconds - ITERS * per_iteration:.0f} s and {per_iteration:.1f} s per iteration")
     hours = math.ceil(SEVEN_B.num_hidden_layers * block / 360) / 10
     print(f"projected: {SEVEN_B.num_hidden_layers} blocks at {Armor.iters} iterations in {hours:.1f} hours")
 

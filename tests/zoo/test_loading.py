@@ -15,7 +15,7 @@ from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
-FAMILIES = {"llama": "armor", "qwen2": "ragged", "gemma3_text": "2:4"}
+FAMILIES = {"llama": "armor", "qwen2": "ragged", "qwen3": (4, 3), "gemma3_text": "2:4"}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from zoo.checkpoint import write_checkpoint
 from zoo.kernels.bitmask_linear.reference import pack_bitmask
+from zoo.kernels.packed_linear.reference import dequantize, pack_codes
 
 SHAPE = {
     "vocab_size": 259,
@@ -56,6 +57,8 @@ def make_base(folder: Path, family: str = "llama", **settings) -> Path:
 class Packing:
     """Random packed weights for every linear of a base folder's decoder layers, and the dense model they amount to.
 
+    Kinds: armor, 2:4, ragged, or a tuple of bits, one per layer in turn.
+
     Attributes: compression (the config), tensors {name: packed tensor, fp32}, dense (the stock model with W = A' S B').
     """
 
@@ -67,11 +70,15 @@ class Packing:
         for name, linear in self.dense.named_modules():
             if not isinstance(linear, nn.Linear) or name == "lm_head":
                 continue
-            pack = {"armor": self.pack_armor, "2:4": self.pack_pattern, "ragged": self.pack_ragged}[kind]
-            modules[name], weight, tensors = pack(linear, block_in, block_out, generator)
+            pack = {"armor": self.pack_armor, "2:4": self.pack_pattern, "ragged": self.pack_ragged}
+            if isinstance(kind, tuple):  # bits of the layers in turn
+                bits = kind[int(name.split(".")[2]) % len(kind)]
+                modules[name], weight, tensors = self.pack_bits(linear, bits, generator)
+            else:
+                modules[name], weight, tensors = pack[kind](linear, block_in, block_out, generator)
             self.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
             linear.weight.data.copy_(weight)
-        self.compression = {"method": kind, "format_version": 1, "modules": modules}
+        self.compression = {"method": str(kind), "format_version": 1, "modules": modules}
 
     @staticmethod
     def two_of_four(linear, generator):
@@ -102,6 +109,17 @@ class Packing:
         values, packed_mask, row_offsets = pack_bitmask(weight, mask)
         spec = {"format": "bitmask", "nnz": int(mask.sum())}
         return spec, weight, {"values": values, "mask": packed_mask, "row_offsets": row_offsets}
+
+    def pack_bits(self, linear, bits, generator):
+        codes = torch.randint(0, 2**bits, linear.weight.shape, dtype=torch.uint8, generator=generator)
+        shape = (linear.out_features, linear.in_features // 32)
+        scales = (torch.rand(shape, generator=generator) + 0.5) * 2**-bits * 2 / linear.in_features**0.5
+        scales = scales.bfloat16().float()
+        zeros = torch.randint(2**bits // 4, 2**bits - 2**bits // 4, shape, dtype=torch.uint8, generator=generator)
+        qweight = pack_codes(codes, bits, 32)
+        weight = dequantize(qweight, scales, zeros, bits, 32, linear.in_features)
+        spec = {"format": "packed", "bits": bits, "group_size": 32, "zeros": "integer"}
+        return spec, weight, {"qweight": qweight, "scales": scales, "zeros": zeros}
 
     def write(self, output: Path, **changes) -> Path:
         arguments = {
