@@ -53,7 +53,8 @@ def assert_same_logits(found, wanted):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [(family, "armor") for family in FAMILY_SETTINGS] + [("llama", "2:4"), ("qwen2", "ragged"), ("qwen3", (3, 8))]
+    ("family", "kind"),
+    [(family, "armor") for family in FAMILY_SETTINGS] + [("llama", "2:4"), ("qwen2", "ragged"), ("qwen3", (3, 8))],
 )
 def test_logits_equal_the_dense_model(family, kind, tmp_path):
     packing = Packing(make_base(tmp_path / "base", family), kind)
