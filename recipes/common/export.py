@@ -177,6 +177,7 @@ def export_compressed_tensors(checkpoint: Path, output: Path) -> Path:
 
     A module's codes run densely along its inputs, b words of 32 bits for 32 codes, low bits first; integer zero points
     run likewise along its outputs. q, k, v (and gate, up), which vLLM merges, must be of one scheme.
+    transformers 5.23 with compressed-tensors 0.20 loads symmetric groups, and refuses asymmetric ones of any origin.
     """
     config = read_config(checkpoint)
     modules = packed_modules(config)
