@@ -100,6 +100,14 @@ def bench_kernels(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]
         "armor_linear": core + wrap_in[0].nbytes + wrap_out[0].nbytes,
         "block_diagonal_linear": wrap_in[0].nbytes,
     }
+    return rows_of(sizes, d_out, d_in, batch, seconds, bandwidth)
+
+
+def rows_of(
+    sizes: dict[str, int], d_out: int, d_in: int, batch: int, seconds: dict[str, float], bandwidth: float
+) -> list[dict]:
+    """The rows of the operations in `sizes` (bytes read); all others that were timed are their peers."""
+    peers = [name for name in seconds if name not in sizes]
     return [
         {
             "op": op,
@@ -110,7 +118,7 @@ def bench_kernels(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]
             "bytes": size,
             "read_bandwidth": bandwidth,
             "fraction_of_bound": size / bandwidth / seconds[op],
-            "ratio_to": {peer: seconds[peer] / seconds[op] for peer in ("torch bf16", "torch fp32")},
+            "ratio_to": {peer: seconds[peer] / seconds[op] for peer in peers},
         }
         for op, size in sizes.items()
     ]
@@ -158,24 +166,8 @@ def bench_packed(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]:
         | {f"packed_linear {bits} bits, int8 x": run(bits, True) for bits in packed if batch <= 32},
         repeats,
     )
-    rows = []
-    for op in seconds:
-        if op not in rivals:
-            size = sum(t.nbytes for t in packed[int(op.split()[1])][0])
-            rows.append(
-                {
-                    "op": op,
-                    "shape": [d_out, d_in],
-                    "dtype": "bfloat16",
-                    "batch": batch,
-                    "seconds": seconds[op],
-                    "bytes": size,
-                    "read_bandwidth": bandwidth,
-                    "fraction_of_bound": size / bandwidth / seconds[op],
-                    "ratio_to": {peer: seconds[peer] / seconds[op] for peer in rivals},
-                }
-            )
-    return rows
+    sizes = {op: sum(w.nbytes for w in packed[int(op.split()[1])][0]) for op in seconds if op not in rivals}
+    return rows_of(sizes, d_out, d_in, batch, seconds, bandwidth)
 
 
 def build_model(kind: str) -> nn.Module:

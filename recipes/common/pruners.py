@@ -100,7 +100,7 @@ def sparsegpt(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Te
     dead = H.diagonal() == 0
     H = H + torch.diag(dead.to(H.dtype))
     W = torch.where(dead, 0.0, weight)
-    U = inverse_cholesky(H)
+    U = inverse_cholesky(H, DAMPING)
     columns = W.T.contiguous()  # (d_in, d_out): a column of W is a contiguous row here
     d_in = len(columns)
     chunk_size = max(LAZY_CHUNK // m, 1) * m
@@ -124,11 +124,12 @@ def sparsegpt(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Te
     return columns.T.contiguous()
 
 
-def inverse_cholesky(H: Tensor) -> Tensor:
+def inverse_cholesky(H: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of (H + damping)^-1; the damping grows tenfold, at most five times, until it exists."""
     mean = H.diagonal().mean()
     for power in range(6):
-        damped = H + DAMPING * 10**power * mean * torch.eye(len(H), device=H.device)
+        damped = H.clone()
+        damped.diagonal().add_(damping * 10**power * mean)
         L, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)

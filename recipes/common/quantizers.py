@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.common.pruners import LayerStats
+from recipes.common.pruners import LayerStats, inverse_cholesky
 from zoo.errors import UserError
 
 HQQ_P, HQQ_BETA, HQQ_KAPPA, HQQ_STEPS = 0.7, 10.0, 1.01, 20
 GPTQ_CHUNK = 128  # columns whose updates are applied to the rest at once
-GPTQ_DAMPING = 0.05  # of the mean diagonal of H; grows tenfold when the factor does not exist
+GPTQ_DAMPING = 0.05  # of the mean diagonal of H
 
 
 @dataclass
@@ -122,7 +122,7 @@ def gptq(
     H = stats.hessian.clone()
     dead = H.diagonal() == 0
     H.diagonal()[dead] = 1
-    U = inverse_cholesky(H)
+    U = inverse_cholesky(H, GPTQ_DAMPING)
     columns = torch.where(dead, 0.0, weight).T.contiguous()  # (d_in, d_out): a column of W is a contiguous row here
     codes = torch.empty(d_in, d_out, dtype=torch.uint8)
     scales = torch.empty(d_in // group, d_out)
@@ -149,17 +149,3 @@ def gptq(
         columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
     zeros = None if symmetric else zeros.T.contiguous()
     return Quantized(codes.T.contiguous(), scales.T.contiguous(), zeros, bits)
-
-
-def inverse_cholesky(H: Tensor) -> Tensor:
-    """Upper Cholesky factor of (H + damping)^-1; the damping grows tenfold, at most three times, until it exists."""
-    mean = H.diagonal().mean()
-    for power in range(4):
-        damped = H.clone()
-        damped.diagonal().add_(GPTQ_DAMPING * 10**power * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-            if not failed and torch.isfinite(U).all():
-                return U
-    raise UserError("a layer's Hessian has no Cholesky factor even with heavy damping; use more calibration data.")
