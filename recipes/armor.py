@@ -44,7 +44,7 @@ from recipes.common.pruners import (
     wanda,
 )
 from recipes.common.runner import module_seed
-from recipes.common.streaming import Method, Variant
+from recipes.common.streaming import MatrixStore, Method, Variant
 from zoo.errors import UserError
 from zoo.kernels.bitmask_linear.reference import pack_bitmask
 
@@ -152,9 +152,10 @@ class Armor(LayerwiseRecipe):
         A, S, B = denormalise(factors, r1, r2)
         variants = {}
         if self.refit != "none":
-            variants["armor-no-refit"] = Variant(self.pack(A, S, factors.M, B), losses, block_diag_product(A, S, B))
+            variants["armor-no-refit"] = Variant({}, losses, block_diag_product(A, S, B))
             A, S = refit(weight, stats.hessian, A, S, factors.M, B, self.refit)
-        variants["armor"] = Variant(self.pack(A, S, factors.M, B), losses, block_diag_product(A, S, B))
+        spec = {"format": "armor", "block_out": b_out, "block_in": b_in, "pattern": [self.n, self.m]}
+        variants["armor"] = Variant(self.pack(A, S, factors.M, B), losses, block_diag_product(A, S, B), spec)
         return variants
 
     def pack(self, A: Tensor, S: Tensor, M: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -174,7 +175,8 @@ class Armor(LayerwiseRecipe):
         dtype = getattr(torch, self.dtype)
         per_row = pruned.shape[1] * self.n // self.m
         values, mask, _ = pack_bitmask(pruned, mask_n_m(pruned.abs(), self.n, self.m), per_row=per_row)
-        return Variant({"values": values.to(dtype), "mask": mask}, None, pruned)
+        spec = {"format": "bitmask", "pattern": [self.n, self.m]}
+        return Variant({"values": values.to(dtype), "mask": mask}, None, pruned, spec)
 
     def baseline_methods(self) -> list[Method]:
         """Section 8; SparseGPT and Wanda prune one block after the other, on the inputs of the pruned blocks."""
@@ -203,7 +205,9 @@ class Armor(LayerwiseRecipe):
             methods.append(Method("sparsegpt+rank", corrected, "compressed"))
         return methods
 
-    def baseline_rows(self, modules: dict[str, nn.Linear], names: list[str]) -> dict[str, list[dict]]:
+    def baseline_rows(
+        self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
+    ) -> dict[str, list[dict]]:
         """Plain N:M weights; with A and B, or as many parameters of a low-rank correction, where the name says so."""
         rows = {}
         for name in names:
@@ -221,15 +225,7 @@ class Armor(LayerwiseRecipe):
         b_out, b_in = (64, 64) if self.block == "auto" else self.requested
         return 2 * self.iters * 3 * 2 * (b_out + b_in) * weights if self.method == "armor" else 0.0
 
-    def module_config(self, d_out: int, d_in: int) -> dict:
-        """What config.json says of one packed module."""
-        pattern = [self.n, self.m]
-        if self.method != "armor":
-            return {"format": "bitmask", "pattern": pattern}
-        b_out, b_in = self.blocks(d_out, d_in)
-        return {"format": "armor", "block_out": b_out, "block_in": b_in, "pattern": pattern}
-
-    def compression_config(self) -> dict:
+    def compression_config(self, store: MatrixStore) -> dict:
         """The method's own part of `compression_config` (section 4)."""
         config = {"pattern": [self.n, self.m]}
         if self.method == "armor":

@@ -305,10 +305,25 @@ def size_table(report: dict) -> str:
         ["dense, same dtype", format_bytes(size["dense_bytes"]), f"{size['parameters']:,}"],
         [f"**{method_name(report)}**", f"**{format_bytes(size['compressed_bytes'])}**", f"{size['nonzero']:,}"],
     ]
+    if "cache" in report:
+        return f"The weights are those of the base model, {format_bytes(size['dense_bytes'])}.\n\n{cache_table(report)}"
     verdict = "" if ratio < 1 else " Nothing is saved."
     return (
         f"{table(['', 'weights', 'numbers stored'], rows)}\n\nThat is {100 * ratio:.1f} % of the dense size.{verdict}"
     )
+
+
+def cache_table(report: dict) -> str:
+    """What the KV cache takes, with and without its scales, and how far predictions move."""
+    cache, own = report["cache"], method_name(report)
+    dense = cache["dense_bytes_per_token"]
+    rows = [["16-bit cache", "16.00", "16.00", f"{dense:,}", "", ""]]
+    for name, row in cache["models"].items():
+        cells = [f"{row['equivalent_bits']:.2f}", f"{row['effective_bits']:.2f}", f"{row['bytes_per_token']:,}"]
+        cells += [f"{100 * row['bytes_per_token'] / dense:.1f} %", f"{row['kl']:.4f}"]
+        rows.append([f"**{cell}**" for cell in (name, *cells)] if name == own else [name, *cells])
+    header = ["", "bits", "bits with scales", "bytes a token", "of 16 bits", "KL on held-out calibration text"]
+    return table(header, rows)
 
 
 def speed_table(report: dict) -> str:
@@ -364,8 +379,15 @@ def layer_types(report: dict) -> dict[str, list[dict]]:
 
 
 def evidence(report: dict) -> str:
-    """Proxy losses by matrix type, and the plots."""
+    """Proxy losses by matrix type, quality by average bits, importance of the blocks, and the plots."""
     plots = "![Quality against size](plots/quality_size.png)"
+    if report.get("curves"):
+        curves = f"{curve_table(report)}\n\n![Quality against average bits](plots/curves.png)"
+        plots = f"{curves}\n\n{plots}"
+    if report.get("cache"):
+        plots = f"{cache_evidence(report)}\n\n{plots}"
+    if report.get("importance"):
+        plots = f"{plots}\n\n{importance_line(report)}\n\n![Importance of the blocks](plots/importance.png)"
     types = layer_types(report)
     if not types:
         return plots
@@ -377,6 +399,47 @@ def evidence(report: dict) -> str:
         rows.append([name, len(layers), f"{init:.4f}", f"{final:.4f}", error])
     header = ["matrix", "count", "mean loss at the start", "mean loss at the end", "mean relative output error"]
     return f"{table(header, rows)}\n\n![Proxy loss of every matrix](plots/proxy_loss.png)\n\n{plots}"
+
+
+def cache_evidence(report: dict) -> str:
+    """How sensitive the layers are, how they were grouped, and what the search saw."""
+    cache = report["cache"]
+    header = ["keys and values at", "mean error of attention's output", "most sensitive layer", "least"]
+    rows = []
+    for name, errors in cache["errors"].items():
+        order = sorted(range(len(errors)), key=errors.__getitem__)
+        ends = (f"{errors[layer]:.3f} (layer {layer})" for layer in (order[-1], order[0]))
+        rows.append([name, f"{sum(errors) / len(errors):.3f}", *ends])
+    groups = "; ".join(", ".join(map(str, group["layers"])) for group in cache["groups"])
+    return (
+        f"{table(header, rows)}\n\nLayers that share a pair: {groups}. {len(cache['searched'])} tables were evaluated in"
+        f" {format_time(cache['seconds'])}.\n\n![Bits of every layer](plots/cache_bits.png)\n\n"
+        "![Loss against bits](plots/cache_front.png)"
+    )
+
+
+def curve_table(report: dict) -> str:
+    """The first metric of every order, by average bits."""
+    curves = report["curves"]
+    key = next(iter(report["compressed"]))
+    bits = sorted({point["bits"] for points in curves.values() for point in points}, reverse=True)
+    rows = []
+    for order, points in curves.items():
+        shown = {point["bits"]: format_metric(point["metrics"][key]) for point in points}
+        rows.append([order, *(shown.get(b, "") for b in bits)])
+    return table([f"{metric_title(key)} by average bits, order", *(f"{b:.2f}" for b in bits)], rows)
+
+
+def importance_line(report: dict) -> str:
+    """What the ranking of the blocks rests on, and which of them have the lower width."""
+    blocks = report["importance"]["blocks"]
+    low = min(block["bits"] for block in blocks)
+    lowered = [str(block["index"]) for block in blocks if block["bits"] == low]
+    line = f"Blocks with {low} bits: {', '.join(lowered)}."
+    if "stability" not in report["importance"]:
+        return line
+    tau = report["importance"]["stability"]
+    return f"{line} Kendall's tau of LIM between two halves of the calibration text: {tau:.2f}."
 
 
 def samples(report: dict) -> str:

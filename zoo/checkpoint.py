@@ -52,6 +52,7 @@ def write_checkpoint(
     dtype: torch.dtype,
     extra_files: dict[str, str | bytes],
     max_shard_bytes: int = SHARD_BYTES,
+    settings: dict | None = None,
 ) -> Path:
     """Write the checkpoint folder of a compressed causal language model; it appears whole, by rename, or not at all.
 
@@ -67,6 +68,7 @@ def write_checkpoint(
         dtype: torch.float32, bfloat16 or float16, of all floating-point tensors of the result.
         extra_files: {file name: content} to add, such as the card and the report.
         max_shard_bytes: size of the tensors in one weights file; a larger tensor gets a file to itself.
+        settings: more keys of config.json, such as `kv_cache_quantization`; with some, no module need be packed.
     Returns: output.
     Raises: UserError for a base that is unsupported or not readable, modules that do not fit it, packed tensors that
         are missing, unknown, of wrong shape or dtype or not finite, an output that exists or cannot be written, and
@@ -78,7 +80,7 @@ def write_checkpoint(
     for name in extra_files:
         if Path(name).name != name:
             raise UserError(f"extra file {name!r}: a plain file name is needed.")
-    config = _slim_config(base, compression, dtype)
+    config = _slim_config(base, compression, dtype, settings or {})
     base_files = {}
     for file in _weight_files(base):
         with _opened(file) as opened:
@@ -232,15 +234,15 @@ def _opened(file: Path):
         raise UserError(f"{file} cannot be read ({error}); {REBUILD}.") from None
 
 
-def _slim_config(base: Path, compression: dict, dtype: torch.dtype):
+def _slim_config(base: Path, compression: dict, dtype: torch.dtype, more: dict):
     """The config of the compressed model: the base's settings under our model_type, and how each module is packed."""
-    settings = _read_config(base)
+    settings = _read_config(base) | more
     if settings.get("quantization_config"):
         raise UserError(f"{base} is quantized already: an unquantized base model is needed.")
     model_class = slim_class_for(settings.pop("model_type", None))
     for key in ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"):
         settings.pop(key, None)
-    if not compression.get("modules"):
+    if not compression.get("modules") and not more:
         raise UserError("compression_config.modules is empty: at least one packed module is needed.")
     try:
         config = model_class.config_class.from_dict({**settings, "compression_config": compression})

@@ -76,6 +76,28 @@ REPORT = {
     "seeds": [int],
     "layers": [LAYER],
     "notes": [str],
+    "importance?": {  # what a recipe that ranks decoder blocks found, by their number
+        "stability?": float,  # Kendall's tau between two halves of the calibration text
+        "blocks": [{"index": int, "bits": int, "scores": {"*": float}}],
+    },
+    "curves?": {"*": [{"lowered": int, "bits": float, "metrics": {"*": METRIC}}]},  # quality by average bits, per order
+    "cache?": {  # a KV cache with widths of its own for each layer, 16 = not quantised
+        "mode": str,
+        "group_size": int,
+        "residual_length": int,
+        "layers": [[int]],  # [key bits, value bits] of each layer
+        "objective": str,  # what the losses below are
+        "dense_bytes_per_token": int,  # of a 16-bit cache, all layers together
+        "models": {  # this one and each baseline; bits are means over layers, effective ones count scales and minima
+            "*": {"equivalent_bits": float, "effective_bits": float, "bytes_per_token": int, "kl": float}
+        },
+        "searched": [{"bits": float, "loss": float}],
+        "uniform": {"*": {"bits": float, "loss": float}},
+        "front": [{"bits": float, "loss": float, "layers": [[int]]}],
+        "groups": [{"layers": [int], "candidates": [[int]]}],
+        "errors": {"*": [float]},  # relative error of attention's output by pair of widths, one per layer
+        "seconds": float,  # that the search took
+    },
     "samples?": [{"prompt": str, "dense": str, "compressed": str}],
     "files?": {"*": str},  # sha256 of every file of the checkpoint but report.json and README.md
 }
@@ -108,6 +130,8 @@ def check_report(report: dict) -> None:
     groups = {"dense": report["dense"], "compressed": report["compressed"]}
     groups |= {f"baselines.{name}": metrics for name, metrics in report["baselines"].items()}
     groups |= {f"speed.{phase}": ratios for phase, ratios in report["speed"].items()}
+    for order, points in report.get("curves", {}).items():
+        groups |= {f"curves.{order}[{place}]": point["metrics"] for place, point in enumerate(points)}
     for where, metrics in groups.items():
         for name, metric in metrics.items():
             _check_metric(metric, f"{where}.{name}", len(report["seeds"]))

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from recipes.common.base_models import BaseModel, check_finite, resolve_model
 from recipes.common.data import Text, calibration_windows, evaluation_windows, load_text
 from recipes.common.evaluation import check_tasks, compare_speed, perplexity, ratio, run_tasks
 from recipes.common.pruners import LayerStats
-from recipes.common.runner import Recipe, cached_json, check_resources, open_state, pin_inputs, world
+from recipes.common.runner import Recipe, World, cached_json, check_resources, open_state, pin_inputs, world
 from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks, select_linears
 from recipes.common.tools import export_as
 from zoo.checkpoint import write_checkpoint
@@ -87,12 +87,22 @@ class LayerwiseRecipe(Recipe):
         """The rivals, in the order of the report."""
         return []
 
-    def module_config(self, d_out: int, d_in: int) -> dict:
-        """What config.json says of one packed module."""
+    def produce(self, run: Run, store: MatrixStore, compress: Callable[..., None]) -> None:
+        """Fills `store` for the seed `self.seed`; compress(methods) runs them over all blocks (`compress_blocks`)."""
+        compress(run.methods)
+
+    def compression_config(self, store: MatrixStore) -> dict:
+        """The method's own part of `compression_config`."""
         return {}
 
-    def compression_config(self) -> dict:
-        """The method's own part of `compression_config`."""
+    def baseline_rows(
+        self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
+    ) -> dict[str, list[dict]]:
+        """How each baseline's matrices would be packed, for the sizes in the report; those without a row are left out."""
+        return {}
+
+    def findings(self, run: Run) -> dict:
+        """What else the report holds, once all else is measured."""
         return {}
 
     # ------------------------------------------------------------------------------------------ the whole run
@@ -122,14 +132,15 @@ class LayerwiseRecipe(Recipe):
             check_finite(base.path)
             pin_inputs(open_state(self), base_model=base.sha256, calibration_text=text.sha256)
         processes.barrier()
-        state = self.state_path
+        seeds, settings = list(tokens), self.settings()
+        run = Run(base, streamed, tokenizer, text, modules, methods, self.state_path, seeds, settings, processes)
         for seed, windows in tokens.items():
             self.seed = seed
-            compress_blocks(
+            compress = partial(
+                compress_blocks,
                 streamed,
                 windows,
-                methods,
-                MatrixStore(state / f"seed-{seed}"),
+                store=run.store(seed),
                 include=self.include,
                 ignore=self.ignore,
                 batch=BATCH,
@@ -138,10 +149,11 @@ class LayerwiseRecipe(Recipe):
                 world=processes.size,
                 barrier=processes.barrier,
             )
+            self.produce(run, run.store(seed), compress)
         self.seed = min(tokens)
         if processes.rank != 0:
             return self.output_path
-        return self.finish(base, tokenizer, text, modules, methods, state)
+        return self.finish(run)
 
     def modules(self, streamed: StreamedModel) -> dict[str, nn.Linear]:
         """The linears to compress, checked one by one (shapes only: they are on the meta device)."""
@@ -155,25 +167,31 @@ class LayerwiseRecipe(Recipe):
         return modules
 
     def methods(self) -> list[Method]:
-        """The recipe's own method first, then the chosen baselines."""
-        own = Method(
-            self.method,
-            self.compress,
-            inputs="compressed" if self.sequential else "dense",
-            packed=(self.method,),
-        )
-        rivals = {method.name: method for method in self.baseline_methods() if method.name != self.method}
-        chosen = self.baselines or list(rivals)
-        unknown = [name for name in chosen if name not in rivals and name != "none"]
+        """The recipe's own method first, then the chosen baselines that are methods."""
+        own = Method(self.method, self.compress, self.inputs(), packed=(self.method,))
+        chosen = self.chosen_baselines()
+        return [own] + [method for method in self.baseline_methods() if method.name in chosen]
+
+    def inputs(self) -> str:
+        """What the recipe's own method is calibrated on (`Method.inputs`)."""
+        return "compressed" if self.sequential else "dense"
+
+    def baseline_names(self) -> list[str]:
+        """Every name that --baselines takes."""
+        return [method.name for method in self.baseline_methods()]
+
+    def chosen_baselines(self) -> list[str]:
+        known = [name for name in self.baseline_names() if name != self.method]
+        unknown = [name for name in self.baselines if name not in known and name != "none"]
         if unknown:
-            raise UserError(f"--baselines {unknown[0]}: one of {', '.join(rivals)} or none is needed.")
-        return [own] + [rivals[name] for name in chosen if name != "none"]
+            raise UserError(f"--baselines {unknown[0]}: one of {', '.join(known)} or none is needed.")
+        return [name for name in known if name in self.baselines or not self.baselines]
 
     def needs(self, streamed: StreamedModel, modules: dict[str, nn.Linear], methods: list[Method]) -> tuple:
         """(bytes of memory, bytes of disk, minutes) of the run, from shapes and a quick measurement of this machine."""
         config = streamed.config.get_text_config()
         tokens = self.nsamples * self.seqlen
-        streams = 2 + sum(method.inputs == "compressed" for method in methods)
+        streams = 2 + sum(method.inputs != "dense" for method in methods)
         hidden = 4 * tokens * config.hidden_size * streams
         sizes = [(module.out_features, module.in_features) for module in modules.values()]
         per_block = len(sizes) // len(streamed)
@@ -201,61 +219,40 @@ class LayerwiseRecipe(Recipe):
         """Floating-point operations of the method itself on `weights` weights."""
         return 0.0
 
-    def finish(self, base: BaseModel, tokenizer, text, modules, methods, state: Path) -> Path:
+    def finish(self, run: Run) -> Path:
         """Checkpoints, evaluation, report, card; then the output appears."""
-        seeds = range(self.seed, self.seed + self.seeds)
-        for seed in seeds:
-            folder = state / f"checkpoint-{seed}"
-            if not folder.exists():
-                store = MatrixStore(state / f"seed-{seed}")
+        for seed in run.seeds:
+            if not run.checkpoint(seed).exists():
                 write_checkpoint(
-                    folder,
-                    base=base.path,
-                    compression=self.full_compression_config(modules, store, text),
-                    tensors=self.packed_tensors(modules, store),
+                    run.checkpoint(seed),
+                    base=run.base.path,
+                    compression=self.full_compression_config(run, seed),
+                    tensors=self.packed_tensors(run.modules, run.store(seed)),
                     dtype=getattr(torch, self.dtype),
-                    extra_files={"recipe.yaml": yaml.safe_dump(self.settings(), sort_keys=False)},
+                    extra_files={"recipe.yaml": yaml.safe_dump(run.settings, sort_keys=False)},
                 )
-        texts = {name: load_text(name) for name in EVALUATION_TEXTS}
-        settings = self.settings()
-
-        def measure(load: Callable[[], nn.Module], key: str) -> dict:
-            def make() -> dict:
-                print(f"measuring {key}", flush=True)
-                return measure_model(load(), tokenizer, texts, settings)
-
-            return cached_json(state / "measured" / f"{key}.json", make)
-
-        dense = measure(partial(load_fp32, base.path), "dense")
+        dense = run.measure("dense", partial(load_fp32, run.base.path))
         compressed = [
-            measure(partial(load_fp32, state / f"checkpoint-{seed}"), f"{self.method}-{seed}") for seed in seeds
+            run.measure(f"{self.method}-{seed}", partial(load_fp32, run.checkpoint(seed))) for seed in run.seeds
         ]
-        baselines: dict[str, list[dict]] = {}
-        for method in methods:
-            for variant in self.variants(method, modules, state, seeds[0]):
-                if (method.name, variant) == (self.method, self.method):
-                    continue
-                stores = {seed: MatrixStore(state / f"seed-{seed}") for seed in seeds}
-                baselines[variant] = [
-                    measure(partial(load_variant, base.path, store, method.name, variant, modules), f"{variant}-{seed}")
-                    for seed, store in stores.items()
-                ]
-        folder = state / f"checkpoint-{seeds[0]}"
-        speed = cached_json(state / "measured" / "speed.json", partial(measure_speed, base.path, folder))
+        baselines = self.measure_baselines(run)
+        folder, store = run.checkpoint(run.seeds[0]), run.store(run.seeds[0])
+        speed = cached_json(run.state / "measured" / "speed.json", partial(measure_speed, run.base.path, folder))
         report = reports.build(
             recipe=self,
-            base=base,
-            calibration=text,
-            texts=texts,
+            base=run.base,
+            calibration=run.text,
+            texts=run.texts,
             dense=dense,
             compressed=compressed,
             baselines=baselines,
             speed=speed,
             folder=folder,
-            layers=self.layer_rows(modules, MatrixStore(state / f"seed-{seeds[0]}")),
-            baseline_layers=self.baseline_rows(modules, list(baselines)),
-            seconds=time.time() - (state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
-            seeds=list(seeds),
+            layers=self.layer_rows(run.modules, store),
+            baseline_layers=self.baseline_rows(run.modules, list(baselines), store),
+            seconds=time.time() - (run.state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
+            seeds=run.seeds,
+            findings=self.findings(run),
         )
         reports.write(report, folder)
         print(reports.render_table(report))
@@ -265,30 +262,45 @@ class LayerwiseRecipe(Recipe):
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
-        shutil.rmtree(state)
+        shutil.rmtree(run.state)
         if self.push_to_hub:
             print(publish(output, self.push_to_hub))
         return output
+
+    def measure_baselines(self, run: Run) -> dict[str, list[dict]]:
+        """{baseline: its metrics, one dict per seed}: every variant that the methods stored, but the checkpoint's own."""
+        measured = {}
+        first = next(iter(run.modules))
+        for method in run.methods:
+            for variant in run.store(run.seeds[0]).facts(method.name, first):
+                if (method.name, variant) == (self.method, self.method):
+                    continue
+                measured[variant] = [
+                    run.measure(f"{variant}-{seed}", partial(load_variant, run, seed, method.name, variant))
+                    for seed in run.seeds
+                ]
+        return measured
 
     def packed_tensors(self, modules: dict[str, nn.Linear], store: MatrixStore) -> Iterator[tuple[str, Tensor]]:
         for name in modules:
             for key, tensor in store.tensors(self.method, name, self.method).items():
                 yield f"{name}.{key}", tensor
 
-    def full_compression_config(self, modules: dict[str, nn.Linear], store: MatrixStore, text) -> dict:
+    def full_compression_config(self, run: Run, seed: int) -> dict:
         """`compression_config` of config.json."""
-        facts = {name: store.facts(self.method, name)[self.method] for name in modules}
+        store = run.store(seed)
+        facts = {name: store.facts(self.method, name)[self.method] for name in run.modules}
         return {
             "method": self.method,
             "format_version": 1,
-            **self.compression_config(),
+            **self.compression_config(store),
             "calibration": {
-                "name": text.name,
-                "version": text.version,
-                "sha256": text.sha256,
+                "name": run.text.name,
+                "version": run.text.version,
+                "sha256": run.text.sha256,
                 "nsamples": self.nsamples,
                 "seqlen": self.seqlen,
-                "seed": self.seed,
+                "seed": seed,
             },
             "ignore": self.ignore,
             "proxy_loss": {
@@ -296,31 +308,56 @@ class LayerwiseRecipe(Recipe):
                 for name, fact in facts.items()
                 if fact["loss_init"] is not None
             },
-            "modules": {
-                name: self.module_config(module.out_features, module.in_features) for name, module in modules.items()
-            },
+            "modules": {name: fact["spec"] for name, fact in facts.items()},
         }
-
-    def variants(self, method: Method, modules: dict[str, nn.Linear], state: Path, seed: int) -> list[str]:
-        """The variants that a method stored."""
-        return list(MatrixStore(state / f"seed-{seed}").facts(method.name, next(iter(modules))))
 
     def layer_rows(self, modules: dict[str, nn.Linear], store: MatrixStore) -> list[dict]:
         """`layers` of the report: what was packed, and how its loss fell."""
         rows = []
         for name, module in modules.items():
             fact = store.facts(self.method, name)[self.method]
-            shape = {"d_out": module.out_features, "d_in": module.in_features}
-            config = self.module_config(**shape)
-            rows.append(
-                {"name": name, **config, **shape}
-                | {key: fact[key] for key in ("loss_init", "loss_final", "output_error")}
-            )
+            row = {"name": name, **fact["spec"], "d_out": module.out_features, "d_in": module.in_features}
+            rows.append(row | {key: fact[key] for key in ("loss_init", "loss_final", "output_error")})
         return rows
 
-    def baseline_rows(self, modules: dict[str, nn.Linear], names: list[str]) -> dict[str, list[dict]]:
-        """How each baseline's matrices would be packed, for the sizes in the report; those without a row are left out."""
-        return {}
+
+@dataclass
+class Run:
+    """What the steps of one run share."""
+
+    base: BaseModel
+    streamed: StreamedModel
+    tokenizer: object
+    text: Text  # calibrated on
+    modules: dict[str, nn.Linear]  # to compress
+    methods: list[Method]
+    state: Path
+    seeds: list[int]
+    settings: dict
+    processes: World
+
+    def store(self, seed: int) -> MatrixStore:
+        return MatrixStore(self.state / f"seed-{seed}")
+
+    def checkpoint(self, seed: int) -> Path:
+        return self.state / f"checkpoint-{seed}"
+
+    @cached_property
+    def texts(self) -> dict[str, Text]:
+        return {name: load_text(name) for name in EVALUATION_TEXTS}
+
+    @cached_property
+    def windows(self) -> dict[str, Tensor]:
+        return held_out_windows(self.texts, self.tokenizer, self.settings)
+
+    def measure(self, key: str, load: Callable[[], nn.Module]) -> dict[str, dict]:
+        """The metrics of a model, measured once in a run, resumed or not; `key` names it."""
+
+        def make() -> dict:
+            print(f"measuring {key}", flush=True)
+            return measure_model(load(), self.tokenizer, self.windows, self.settings)
+
+        return cached_json(self.state / "measured" / f"{key}.json", make)
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -331,20 +368,25 @@ def load_fp32(path: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def load_variant(base: Path, store: MatrixStore, method: str, variant: str, modules: dict) -> nn.Module:
+def load_variant(run: Run, seed: int, method: str, variant: str) -> nn.Module:
     """The dense model with the weights of one stored variant."""
-    model = load_fp32(base)
-    for name in modules:
-        model.get_submodule(name).weight.data.copy_(store.weight(method, name, variant))
+    model = load_fp32(run.base.path)
+    for name in run.modules:
+        model.get_submodule(name).weight.data.copy_(run.store(seed).weight(method, name, variant))
     return model
 
 
-def measure_model(model: nn.Module, tokenizer, texts: dict[str, Text], settings: dict) -> dict[str, dict]:
+def held_out_windows(texts: dict[str, Text], tokenizer, settings: dict) -> dict[str, Tensor]:
+    """Token windows of the held-out texts, as the settings say."""
+    return {
+        name: evaluation_windows(text, tokenizer, settings["eval_seqlen"], settings["eval_windows"])
+        for name, text in texts.items()
+    }
+
+
+def measure_model(model: nn.Module, tokenizer, windows: dict[str, Tensor], settings: dict) -> dict[str, dict]:
     """The metrics that a report claims: perplexity on every held-out text, and the tasks of the settings."""
-    metrics = {}
-    for name, text in texts.items():
-        windows = evaluation_windows(text, tokenizer, settings["eval_seqlen"], settings["eval_windows"])
-        metrics[f"perplexity/{name}"] = perplexity(model, windows, batch_size=BATCH)
+    metrics = {f"perplexity/{name}": perplexity(model, rows, batch_size=BATCH) for name, rows in windows.items()}
     if settings["tasks"] != ["none"]:
         metrics |= run_tasks(model, tokenizer, settings["tasks"], settings["task_limit"])
     return metrics
@@ -352,8 +394,9 @@ def measure_model(model: nn.Module, tokenizer, texts: dict[str, Text], settings:
 
 def remeasure(folder: Path, report: dict) -> dict[str, dict]:
     """Measures a finished checkpoint again as its report says it was measured: what `verify` compares with."""
-    texts = {name: load_text(name) for name in EVALUATION_TEXTS}
-    return measure_model(load_fp32(folder), AutoTokenizer.from_pretrained(folder), texts, report["config"])
+    texts, tokenizer = {name: load_text(name) for name in EVALUATION_TEXTS}, AutoTokenizer.from_pretrained(folder)
+    windows = held_out_windows(texts, tokenizer, report["config"])
+    return measure_model(load_fp32(folder), tokenizer, windows, report["config"])
 
 
 def measure_speed(base: Path, packed: Path) -> dict[str, dict[str, dict]]:

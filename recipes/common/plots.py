@@ -24,6 +24,12 @@ def draw(report: dict, folder: Path) -> list[Path]:
     drawn = [quality_size(report, plots / "quality_size.png")]
     if layer_types(report):
         drawn.append(proxy_loss(report, plots / "proxy_loss.png"))
+    if report.get("curves"):
+        drawn.append(curves(report, plots / "curves.png"))
+    if report.get("importance"):
+        drawn.append(importance(report, plots / "importance.png"))
+    if report.get("cache"):
+        drawn += [cache_bits(report, plots / "cache_bits.png"), cache_front(report, plots / "cache_front.png")]
     return drawn
 
 
@@ -63,9 +69,15 @@ def quality_size(report: dict, path: Path) -> Path:
 
     Baselines whose size the report does not give are lines across.
     """
-    keys = [key for key, m in report["compressed"].items() if m["unit"] == "ppl"] or list(report["compressed"])[:3]
+    dense = report["dense"]
+    keys = [key for key, m in dense.items() if m["unit"] == "ppl" and m["n_of"] == "windows"] or list(dense)[:3]
     size, own = report["size"], method_name(report)  # ours is drawn over those that it nearly equals
     bytes_of = {"dense": size["dense_bytes"], own: size["compressed_bytes"]} | size.get("baselines", {})
+    unit, label = 1e6, "weights, MB"
+    if cache := report.get("cache"):
+        bytes_of = {name: row["bytes_per_token"] for name, row in cache["models"].items()}
+        bytes_of["dense"] = cache["dense_bytes_per_token"]
+        unit, label = 1e3, "KV cache, kB a token"
     models = {"dense": report["dense"], own: report["compressed"], **report["baselines"]}
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, len(keys), squeeze=False)
@@ -76,7 +88,7 @@ def quality_size(report: dict, path: Path) -> Path:
                 marker = MARKERS[place % len(MARKERS)]
                 spread = metric["spread"] if metric["n_of"] == "seeds" else None
                 style = {"fmt": marker, "color": colour, "label": name, "zorder": 3 if name == own else 2}
-                axis.errorbar(bytes_of[name] / 1e6, metric["value"], spread, **style)
+                axis.errorbar(bytes_of[name] / unit, metric["value"], spread, **style)
             else:
                 style = ("--", ":", "-.")[place % 3]
                 axis.axhline(metric["value"], linestyle=style, linewidth=1, color=colour, label=name)
@@ -84,10 +96,10 @@ def quality_size(report: dict, path: Path) -> Path:
         if min(values) > 0 and max(values) > 5 * min(values):
             axis.set_yscale("log")
         axis.set_title(metric_title(key), fontsize=9)
-        axis.set_xlim(0, 1.06 * max(bytes_of.values()) / 1e6)
+        axis.set_xlim(0, 1.06 * max(bytes_of.values()) / unit)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         plain(axis)
-    figure.supxlabel("weights, MB", fontsize=9)
+    figure.supxlabel(label, fontsize=9)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return save(figure, path)
@@ -142,3 +154,93 @@ def save(figure, path: Path, metadata: dict | None = None) -> Path:
     figure.savefig(partial, format="png", dpi=130, metadata=metadata)
     partial.replace(path)
     return path
+
+
+def curves(report: dict, path: Path) -> Path:
+    """Every metric against the average bits, a line for each order of blocks; straight between the ends is dotted."""
+    lines = report["curves"]
+    keys = list(report["compressed"])
+    columns = min(3, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for place, (order, points) in enumerate(lines.items()):
+            bits, metrics = [p["bits"] for p in points], [p["metrics"][key] for p in points]
+            values = [m["value"] for m in metrics]
+            spread = [m["spread"] or 0.0 if m["n_of"] in ("runs", "seeds") else 0.0 for m in metrics]
+            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+            axis.errorbar(bits, values, spread, linewidth=2 if place == 0 else 1, label=order, **style)
+        ends = [points[0], points[-1]]
+        axis.plot([p["bits"] for p in ends], [p["metrics"][key]["value"] for p in ends], ":", color=INK, linewidth=1)
+        shown = [point["metrics"][key]["value"] for points in lines.values() for point in points]
+        if min(shown) > 0 and max(shown) > 5 * min(shown):
+            axis.set_yscale("log")
+        axis.set_title(metric_title(key), fontsize=9)
+        plain(axis)
+    for axis in axes.flat[len(keys) :]:
+        axis.axis("off")
+    figure.supxlabel("average bits of the quantised weights", fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return save(figure, path)
+
+
+def importance(report: dict, path: Path) -> Path:
+    """Each score of the blocks over depth, one panel a score; filled points have the high width."""
+    blocks = report["importance"]["blocks"]
+    names = list(blocks[0]["scores"])
+    high = max(block["bits"] for block in blocks)
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.3 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=True):
+        for block in blocks:
+            fill = COLOURS[0] if block["bits"] == high else "none"
+            axis.plot(block["index"], block["scores"][name], "o", markerfacecolor=fill, color=COLOURS[0], markersize=5)
+        axis.set_title(name, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        plain(axis)
+    figure.supxlabel(f"block; filled: {high} bits, open: fewer", fontsize=9)
+    return save(figure, path)
+
+
+def cache_bits(report: dict, path: Path) -> Path:
+    """Key and value bits of every layer of the KV cache as a heat map, written into the cells."""
+    rows = list(zip(*report["cache"]["layers"], strict=True))  # keys, values
+    figure = Figure(figsize=(max(WIDTH, 0.27 * len(rows[0])), 1.3), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow([[math.log2(bits) for bits in row] for row in rows], cmap="Blues", vmin=0, vmax=5, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, bits in enumerate(row):
+            axis.text(x, y, bits, ha="center", va="center", fontsize=8, color="white" if bits > 4 else "black")
+    axis.set_yticks([0, 1], ["keys", "values"])
+    axis.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 15)))
+    axis.set_xlabel("layer", fontsize=9)
+    axis.tick_params(labelsize=8, color=INK)
+    return save(figure, path)
+
+
+def cache_front(report: dict, path: Path) -> Path:
+    """Loss against mean bits: every table evaluated, the front, and the uniform tables by name."""
+    cache = report["cache"]
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    axis = figure.subplots()
+    searched, front = cache["searched"], cache["front"]
+    points = {"color": INK, "alpha": 0.4, "markersize": 3, "label": "evaluated"}
+    axis.plot([p["bits"] for p in searched], [p["loss"] for p in searched], ".", **points)
+    steps = {"where": "post", "color": COLOURS[0], "marker": "o", "markersize": 4, "label": "front"}
+    axis.step([p["bits"] for p in front], [p["loss"] for p in front], **steps)
+    for place, (name, point) in enumerate(cache["uniform"].items()):
+        axis.plot(point["bits"], point["loss"], "s", color=COLOURS[1], label=None if place else "uniform")
+        axis.annotate(name, (point["bits"], point["loss"]), (4, 4), textcoords="offset points", fontsize=7)
+    own = cache["models"][method_name(report)]["equivalent_bits"]
+    axis.axvline(own, color=COLOURS[2], linewidth=1, linestyle="--", label="chosen")
+    if min(point["loss"] for point in searched) > 0:
+        axis.set_yscale("log")
+    axis.set_xlabel("mean bits of keys and values, scales not counted", fontsize=9)
+    axis.set_ylabel(
+        {"kl": "KL to the 16-bit model, nats a token"}.get(cache["objective"], cache["objective"]), fontsize=9
+    )
+    plain(axis)
+    axis.legend(frameon=False, fontsize=8)
+    return save(figure, path)

@@ -1,9 +1,9 @@
-"""Quantisers of one weight matrix: round-to-nearest, HQQ and GPTQ, to codes of b bits with a scale and a zero per group.
+"""Quantisers of one weight matrix: round-to-nearest, HQQ, GPTQ and AWQ, to codes of b bits.
 
-w ~ scale (code - zero), groups of g inputs of one output row. Scales, and zeros that are not integers, are rounded to the
-dtype that the checkpoint stores *before* codes are computed, so storing loses nothing.
-Sources: RTN as in Quanto; HQQ: Badri and Shaji 2023; GPTQ: arXiv 2210.17323; all by section 3.5 of the layer-wise
-quantisation sheet (arXiv 2406.17415).
+w ~ scale (code - zero), a scale and a zero for each group of g inputs of an output row. Scales, and zeros that are not
+integers, are rounded to the dtype that the checkpoint stores *before* codes are computed, so storing loses nothing.
+Sources: RTN as in Quanto; HQQ: Badri and Shaji 2023; GPTQ: arXiv 2210.17323; AWQ: arXiv 2306.00978; all by section 3.5
+of the layer-wise quantisation sheet (arXiv 2406.17415).
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.common.pruners import LayerStats, inverse_cholesky
+from recipes.common.pruners import LayerStats, inverse_cholesky, sanitize
 from zoo.errors import UserError
 
 HQQ_P, HQQ_BETA, HQQ_KAPPA, HQQ_STEPS = 0.7, 10.0, 1.01, 20
 GPTQ_CHUNK = 128  # columns whose updates are applied to the rest at once
 GPTQ_DAMPING = 0.05  # of the mean diagonal of H
+SEARCH = tuple(1 - step / 100 for step in range(80))  # shares of a group's range that GPTQ's search tries
+SEARCH_POWER = 2.4
+AWQ_GRID = 20
+AWQ_CLIPS = tuple(1 - step / 20 for step in range(11))
 
 
 @dataclass
@@ -47,13 +51,15 @@ def groups_of(weight: Tensor, group_size: int) -> Tensor:
     return weight.view(len(weight), -1, group)
 
 
-def min_max(grouped: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def min_max(
+    grouped: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, shrink: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
     """(scale, zero) (…,) of groups (…, g) whose range reaches from the smallest to the largest weight and holds 0.
 
     Asymmetric: zero is an integer code, uint8. Symmetric: zero is 2^(bits - 1) and the largest magnitude the last code.
     """
     top = 2**bits - 1
-    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    low, high = shrink * grouped.amin(-1).clamp_max(0), shrink * grouped.amax(-1).clamp_min(0)
     scale = (high - low) / top
     if symmetric:
         scale = torch.maximum(-low / 2 ** (bits - 1), high / max(2 ** (bits - 1) - 1, 1))
@@ -64,16 +70,42 @@ def min_max(grouped: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> 
     return scale, (-low / scale).round().clamp(0, top).to(torch.uint8)
 
 
+def search_range(
+    grouped: Tensor,
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    weights: Tensor | float = 1.0,
+    power: float = SEARCH_POWER,
+    shrinks: tuple[float, ...] = SEARCH,
+) -> tuple[Tensor, Tensor | None]:
+    """Like `min_max`, with each group's range shrunk by the factor of the least sum of weights |w - w_hat|^power."""
+    scale, zero = min_max(grouped, bits, symmetric, dtype)
+    best = torch.full_like(scale, torch.inf)
+    for shrink in shrinks:
+        new_scale, new_zero = min_max(grouped, bits, symmetric, dtype, shrink)
+        z = 2.0 ** (bits - 1) if new_zero is None else new_zero.float().unsqueeze(-1)
+        w_hat = new_scale.unsqueeze(-1) * (to_codes(grouped, new_scale, z, bits).float() - z)
+        error = (weights * (grouped - w_hat).abs_() ** power).sum(-1)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, new_scale, scale)
+        zero = None if zero is None else torch.where(better, new_zero, zero)
+    return scale, zero
+
+
 def to_codes(grouped: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
-    """The nearest codes, uint8, of groups (…, g)."""
-    zero = zero.float().unsqueeze(-1) if isinstance(zero, Tensor) else zero
+    """The nearest codes, uint8, of groups (…, g); zero (…,) or (…, 1) or a number."""
+    if isinstance(zero, Tensor) and zero.ndim < grouped.ndim:
+        zero = zero.float().unsqueeze(-1)
     return (grouped / scale.unsqueeze(-1) + zero).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def rtn(weight: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Quantized:
-    """Round to nearest between the extremes of each group. weight (d_out, d_in) fp32."""
+def rtn(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, search: bool = False
+) -> Quantized:
+    """Round to nearest between the extremes of each group, or in a searched range. weight (d_out, d_in) fp32."""
     grouped = groups_of(weight, group_size)
-    scale, zero = min_max(grouped, bits, symmetric, dtype)
+    scale, zero = (search_range if search else min_max)(grouped, bits, symmetric, dtype)
     codes = to_codes(grouped, scale, 2.0 ** (bits - 1) if zero is None else zero, bits)
     return Quantized(codes.flatten(1), scale, zero, bits)
 
@@ -108,7 +140,13 @@ def hqq(weight: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torc
 
 
 def gptq(
-    weight: Tensor, stats: LayerStats, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype
+    weight: Tensor,
+    stats: LayerStats,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    search: bool = False,
 ) -> Quantized:
     """GPTQ: column by column, each error moved onto the columns that follow by the inverse of H = mean x x^T.
 
@@ -136,7 +174,7 @@ def gptq(
                 seen = columns[i : i + group].clone()
                 if i + group > end:
                     seen[end - i :] -= U[start:i, end : i + group].T @ errors[: i - start]
-                scale, zero = min_max(seen.T, bits, symmetric, dtype)
+                scale, zero = (search_range if search else min_max)(seen.T, bits, symmetric, dtype)
                 scales[i // group] = scale
                 zeros[i // group] = 2 ** (bits - 1) if zero is None else zero
             scale, zero = scales[i // group], zeros[i // group].float()
@@ -149,3 +187,32 @@ def gptq(
         columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
     zeros = None if symmetric else zeros.T.contiguous()
     return Quantized(codes.T.contiguous(), scales.T.contiguous(), zeros, bits)
+
+
+def awq(weight: Tensor, stats: LayerStats, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+    """AWQ: W_hat = Q(W diag(s)) diag(1/s), the dense weight (d_out, d_in) fp32; 1/s is for the layer before to absorb.
+
+    s_j = (mean x_j^2)^(alpha / 2), alpha of a grid on 0..1 by the error tr((W_hat - W) H (W_hat - W)^T) of the output;
+    then each group's range is clipped to x1 … x0.5 by its part of that error, as far as the diagonal of H shows it.
+    AWQ finds one s for all linears of an input; here each matrix has its own, which is a little more freedom.
+    """
+    d = sanitize(stats.second_moment)
+
+    def scaled(alpha: float) -> Tensor:
+        s = d ** (alpha / 2)
+        return s / (s.max() * s.min()).sqrt()
+
+    def error(w_hat: Tensor) -> float:
+        delta = w_hat - weight
+        return torch.sum(delta @ stats.hessian * delta).item()
+
+    scales = [scaled(step / (AWQ_GRID - 1)) for step in range(AWQ_GRID)]
+    errors = [error(rtn(weight * s, bits, group_size, symmetric, dtype).dequantize() / s) for s in scales]
+    s = scales[errors.index(min(errors))]
+    grouped = groups_of(weight * s, group_size)
+    importance = groups_of((d / s.square())[None], group_size)
+    scale, zero = search_range(grouped, bits, symmetric, dtype, importance, 2.0, AWQ_CLIPS)
+    codes = to_codes(grouped, scale, 2.0 ** (bits - 1) if zero is None else zero, bits)
+    clipped = Quantized(codes.flatten(1), scale, zero, bits).dequantize() / s
+    plain = rtn(weight * s, bits, group_size, symmetric, dtype).dequantize() / s
+    return clipped if error(clipped) < min(errors) else plain

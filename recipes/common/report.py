@@ -58,6 +58,7 @@ def build(
     seeds: list[int],
     baseline_layers: dict[str, list[dict]] | None = None,
     samples: list[dict[str, str]] | None = None,
+    findings: dict | None = None,
 ) -> dict:
     """The report of a finished run, checked.
 
@@ -68,6 +69,7 @@ def build(
         baseline_layers: {baseline: rows like `layers`}, how its matrices would be packed ("block_out" = "block_in" = r
             stands for a correction of rank r); gives the baselines their place in the plot.
         samples: [{"prompt", "dense", "compressed"}], greedy generations.
+        findings: what else the method found out: "importance", "curves", more "notes" (see report_schema.py).
     """
     evaluation = {
         name: text_row(text, windows=dense[f"perplexity/{name}"]["n"], seqlen=recipe.eval_seqlen)
@@ -112,6 +114,9 @@ def build(
     }
     if samples:
         report["samples"] = samples
+    findings = dict(findings or {})
+    report["notes"] += findings.pop("notes", [])
+    report |= findings
     check_report(report)
     return report
 

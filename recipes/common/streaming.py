@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from recipes.common.base_models import open_tensors
+from recipes.common.export import dense_weight
 from recipes.common.pruners import LayerStats, StatsAccumulator
 from zoo.errors import UserError
 
@@ -36,11 +37,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Variant:
-    """One compressed form of a matrix: its packed tensors, (init, final) loss if the method has one, dense weight."""
+    """One compressed form of a matrix: its packed tensors, (init, final) loss if the method has one, dense weight, and
+    what config.json says of it in a checkpoint, if it can be packed."""
 
     tensors: dict[str, Tensor]
     losses: tuple[float, float] | None
     dense: Tensor
+    spec: dict | None = None
 
 
 @dataclass
@@ -48,16 +51,17 @@ class Method:
     """A layer-local method as the loop sees it.
 
     compress(name, weight (d_out, d_in) fp32, stats) -> {variant name: Variant}; the first key is not special: the one
-    that equals `name` is passed on when `inputs` is "compressed".
-    inputs: "dense" = statistics of the dense model; "compressed" = of the model compressed so far (own stream).
-    hessian: whether `stats.hessian` is needed. keep_dense: variants whose dense weight is stored for evaluation.
+    that equals `name` is passed on unless `inputs` is "dense".
+    inputs: "dense" = statistics of the dense model; "compressed" = of the blocks compressed so far (own stream);
+    "sequential" = of those and of the block's own linears that come before (q, k, v, then o, gate and up, then down).
+    hessian: whether `stats.hessian` is needed.
     """
 
     name: str
     compress: Callable[[str, Tensor, LayerStats], dict[str, Variant]]
     inputs: str = "dense"
     hessian: bool = True
-    packed: tuple[str, ...] = field(default_factory=tuple)  # variants whose packed tensors are stored
+    packed: tuple[str, ...] = field(default_factory=tuple)  # variants stored packed; of the others the dense weight is
 
 
 class StreamedModel:
@@ -215,6 +219,11 @@ class InputStatistics:
     def stats(self, name: str) -> LayerStats:
         return self.sums[self.leader[name]].stats()
 
+    def groups(self, hidden: Tensor, kwargs: dict) -> list[list[str]]:
+        """The linears by shared input, in the order of execution; hidden (1, T, d) is any sample."""
+        _, seen = self._inputs(hidden, kwargs)
+        return [[name for name, leader in self.leader.items() if leader == first] for first in seen]
+
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
@@ -238,7 +247,9 @@ class MatrixStore:
         for name, variant in variants.items():
             if name in method.packed:
                 tensors |= {f"{name}/{key}": tensor.contiguous().cpu() for key, tensor in variant.tensors.items()}
-            tensors[f"{name}/weight"] = variant.dense.to(torch.bfloat16).contiguous().cpu()
+                facts[name] |= {"spec": variant.spec}
+            else:
+                tensors[f"{name}/weight"] = variant.dense.to(torch.bfloat16).contiguous().cpu()
         partial = path.with_suffix(f".{os.getpid()}.part")
         save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
         partial.replace(path)
@@ -247,16 +258,16 @@ class MatrixStore:
         """The packed tensors of one variant."""
         with safe_open(self.path(method, module), "pt") as f:
             prefix = f"{variant}/"
-            keys = [k for k in f.keys() if k.startswith(prefix) and k != f"{variant}/weight"]  # noqa: SIM118
+            keys = [k for k in f.keys() if k.startswith(prefix)]  # noqa: SIM118
             return {k.removeprefix(prefix): f.get_tensor(k) for k in keys}
 
     def weight(self, method: str, module: str, variant: str) -> Tensor:
-        """The dense weight of one variant, bf16."""
-        with safe_open(self.path(method, module), "pt") as f:
-            return f.get_tensor(f"{variant}/weight")
+        """The dense weight of one variant: what a packed one multiplies out to, fp32; otherwise as stored, bf16."""
+        tensors, spec = self.tensors(method, module, variant), self.facts(method, module)[variant].get("spec")
+        return dense_weight(module, spec, tensors) if spec else tensors["weight"]
 
     def facts(self, method: str, module: str) -> dict[str, dict]:
-        """variant -> {loss_init, loss_final, output_error, seconds}."""
+        """variant -> {loss_init, loss_final, output_error, seconds, and of a packed one spec}."""
         with safe_open(self.path(method, module), "pt") as f:
             return json.loads(f.metadata()["facts"])
 
@@ -293,11 +304,14 @@ def compress_blocks(
     world: int = 1,
     barrier: Callable[[], None] = lambda: None,
     blocks: range | None = None,
+    observe: Callable[[int, dict[str, Tensor], Tensor, Tensor], None] = lambda *_: None,
 ) -> None:
     """Runs `methods` over all blocks; afterwards `store` holds every (method, matrix).
 
     Args: tokens (N, T) calibration windows; `workers` matrices are compressed side by side, each on one thread, so
     that results depend neither on `workers` nor on `world` (ranks share out the matrices and meet at `barrier`).
+    observe(block index, {name: weight}, inputs (N, T, d), outputs (N, T, d)) sees the dense model's hidden states before
+    a block's first matrix is stored.
     """
     blocks = blocks or range(len(model))
     modules = [name for index in blocks for name in select_linears(model, index, include, ignore)]
@@ -306,7 +320,7 @@ def compress_blocks(
     keep_freed_memory()
     streams = {"dense": model.embed(tokens, batch)}
     for method in methods:
-        if method.inputs == "compressed":
+        if method.inputs != "dense":
             streams[method.name] = streams["dense"].clone()
     progress = tqdm(blocks, desc="blocks", disable=None if rank == 0 else True)
     for index in progress:
@@ -318,17 +332,23 @@ def compress_blocks(
         dense_stats, dense_out = _statistics(
             block, linears, streams["dense"], kwargs, batch, store, [m for m in methods if m.inputs == "dense"]
         )
+        observe(index, weights, streams["dense"], dense_out)
         results = []
         for method in methods:
-            stats = dense_stats
-            if method.inputs == "compressed":
-                stats, _ = _statistics(block, linears, streams[method.name], kwargs, batch, store, [method])
-            todo = [name for name in linears if not store.has(method.name, name)][rank::world]
-            _compress(method, todo, weights, stats, store, workers)
-            barrier()
-            if method.inputs == "compressed":
-                for name, module in linears.items():
-                    module.weight.data = store.weight(method.name, name, method.name).to(module.weight)
+            stats, own = dense_stats, method.inputs != "dense"
+            groups = [list(linears)]
+            if method.inputs == "sequential":
+                groups = InputStatistics(block, linears, hessian=False).groups(streams["dense"][:1], kwargs)
+            for group in groups:
+                if own and not all(store.has(method.name, name) for name in group):
+                    part = {name: linears[name] for name in group}
+                    stats, _ = _statistics(block, part, streams[method.name], kwargs, batch, store, [method])
+                mine = [name for name in group[rank::world] if not store.has(method.name, name)]
+                _compress(method, mine, weights, stats, store, workers)
+                barrier()
+                for name in group if own else ():
+                    linears[name].weight.data = store.weight(method.name, name, method.name).to(weights[name])
+            if own:
                 streams[method.name] = run_block(block, streams[method.name], kwargs, batch)
                 for name, module in linears.items():
                     module.weight.data = weights[name]
@@ -349,6 +369,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """Gives the system what `keep_freed_memory` kept: between matrices of different shapes it would only pile up (a 7B
+    shape's peak was 7.8 GiB in its first block and 8.9 by its third)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _statistics(block, linears, hidden, kwargs, batch, store, methods):
@@ -381,6 +408,8 @@ def _compress(method, names, weights, stats, store, workers) -> None:
                 "seconds": seconds,
             }
         store.save(method, name, variants, facts)
+        del variants, variant, layer_stats
+        return_freed_memory()
 
     names = sorted(names, key=lambda name: -weights[name].numel())
     threads = torch.get_num_threads()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 from recipes.common.export import export_compressed_tensors, export_dense, export_gguf
+from recipes.common.runner import recipe_class
 from zoo.errors import UserError
 from zoo.hub import publish as publish_folder
 from zoo.verify import verify as verify_folder
@@ -19,13 +21,20 @@ def verify(arguments: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="a checkpoint folder")
     parser.add_argument("--static", action="store_true", help="check files, sizes and card only; measure nothing")
     flags = parser.parse_args(arguments)
-    from recipes.common.layerwise import remeasure  # layerwise itself exports through this module
-
     findings = verify_folder(flags.folder, None if flags.static else remeasure)
     for finding in findings:
         print(finding)
     if any(not finding.ok for finding in findings):
         raise SystemExit(1)
+
+
+def remeasure(folder: Path, report: dict) -> dict[str, dict]:
+    """The metrics of a checkpoint measured again, as its recipe does it: `remeasure` of the recipe's module, or the
+    one of the layerwise recipes."""
+    from recipes.common import layerwise  # which itself exports through this module
+
+    recipe = importlib.import_module(recipe_class(report["recipe"]).__module__)
+    return getattr(recipe, "remeasure", layerwise.remeasure)(folder, report)
 
 
 def publish(arguments: list[str]) -> None:

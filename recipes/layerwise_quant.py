@@ -1,0 +1,544 @@
+"""Layer-wise quantisation: two bit widths, the lower one for the blocks that matter least.   arXiv 2406.17415.
+
+For decoder blocks i = 1..L with N_i linear weights each, widths h > l and a target average b:
+
+    1. LIM_i = -mean_t cos(X_t, Y_t)                     X, Y (tokens, d): residual stream before and after block i
+       ZD_i  = |{w : (w - mu_i) / sigma_i > 1}| / N_i    over all linear weights of the block, no data
+       sensitivity_i = mean_t KL(p_t || p_t with block i alone at l bits)                        ours, not the paper's
+    2. order: least important first, that is by rising LIM or sensitivity, by falling ZD; of equals the later block
+    3. the first k blocks of the order get l, the others h, with the smallest k that brings sum N_i b_i / sum N_i to b
+    4. every linear of block i is quantised to b_i bits by RTN, HQQ or GPTQ, in groups along its inputs
+
+Orders are compared on one set of matrices: each linear is quantised once per width, on inputs of the all-h model, and an
+(order, k) is a choice among them. The checkpoint itself is quantised anew, on inputs of its own true mixture.
+
+Deviates from the paper in: widths adjacent to b by default (4 and 3 for 3.5 bits; `--levels 4,2` is the paper's); LIM
+leaves out position 0, where attention sinks sit; `--importance sensitivity`, since both scores can miss a fragile block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from recipes.common.data import calibration_windows
+from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
+from recipes.common.layerwise import LayerwiseRecipe, Run, load_fp32, load_variant
+from recipes.common.plots import layer_index
+from recipes.common.pruners import LayerStats
+from recipes.common.quantizers import Quantized, awq, gptq, hqq, rtn
+from recipes.common.runner import cached_json
+from recipes.common.streaming import MatrixStore, Method, Variant
+from zoo.errors import UserError
+from zoo.kernels.packed_linear.reference import check_format, pack_codes
+from zoo.verify import layer_bytes
+
+WIDTHS = (8, 6, 5, 4, 3, 2, 1)  # what the kernels compute on
+BACKENDS = ("gptq", "hqq", "rtn")
+MEASURED = ("lim", "zd", "zd-two-sided", "sensitivity")
+ORDERS = (*MEASURED, "random", "depth", "ends")
+RANDOM_ORDERS = 3
+SENSITIVITY_TOKENS = 4096
+STABLE = 0.9  # Kendall's tau between two halves of the text that LIM should reach (section 3.1)
+GPTQ_TOKENS = 20  # calibration tokens per input feature below which GPTQ may lose to rounding (section 6)
+
+
+@dataclass
+class LayerwiseQuant(LayerwiseRecipe):
+    """Quantise every decoder linear to a mixture of two bit widths that meets any average."""
+
+    model: str = field(
+        default="smollm2-135m-instruct-degridded",
+        metadata={"help": "base model: a Hub id, a folder, or an offline alias"},
+    )
+    sequential: bool = field(
+        default=True,
+        metadata={
+            "help": "GPTQ calibrates each matrix on the outputs of the quantised ones before it, not of the dense"
+        },
+    )
+    nsamples: int = field(default=64, metadata={"help": "calibration windows"})
+    avg_bits: float = field(default=3.5, metadata={"help": "average bits of the quantised weights, 1..8"})
+    levels: str = field(
+        default="auto",
+        metadata={"help": f"'high,low' of {', '.join(map(str, WIDTHS))}; auto: the closest around --avg_bits"},
+    )
+    importance: str = field(
+        default="lim",
+        metadata={
+            "help": f"which blocks keep more bits: {', '.join(ORDERS)} (depth: the first, ends: the first and last), or"
+            " a .json list of one number per block, larger = more important"
+        },
+    )
+    backend: str = field(default="gptq", metadata={"help": "quantiser of one matrix", "choices": list(BACKENDS)})
+    group_size: int = field(
+        default=64, metadata={"help": "inputs that share a scale: a multiple of 32 that divides them, -1 = all"}
+    )
+    symmetric: bool = field(default=False, metadata={"help": "no zero points"})
+    scale_search: bool = field(
+        default=False, metadata={"help": "RTN and GPTQ: search each group's range, not its extremes"}
+    )
+    keep: list[str] = field(
+        default_factory=list, metadata={"help": "blocks that stay at the high width: first, last, or numbers from 0"}
+    )
+    curve_points: int = field(
+        default=4, metadata={"help": "points of each order's curve of quality against bits, besides its ends; 0 = none"}
+    )
+
+    method = "layerwise-quant"
+    paper_title = (
+        "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer Bit-Levels"
+    )
+    arxiv = "2406.17415"
+
+    # -------------------------------------------------------------------------------------------- before any work
+
+    def check(self) -> None:
+        """Refuses impossible values before any work."""
+        self.high, self.low = parse_levels(self.levels, self.avg_bits)
+        self.zeros = {"rtn": "integer", "gptq": "integer", "awq": "integer", "hqq": "float"}
+        if self.symmetric:
+            self.zeros |= dict.fromkeys(("rtn", "gptq", "awq"), "none")
+            if self.backend == "hqq":
+                raise UserError("--symmetric: HQQ searches zero points; use --backend rtn or gptq.")
+        if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
+            raise UserError(f"--group_size {self.group_size}: a multiple of 32, or -1 for whole rows, is needed.")
+        if self.model == "smollm2-135m-instruct" and self.group_size == 32 and not self.symmetric:
+            raise UserError(
+                f"--group_size 32: the weights of {self.model} lie on that very grid, so 4 bits would seem lossless; "
+                f"use --model {self.model}-degridded, the default."
+            )
+        if self.importance not in ORDERS and not self.importance.endswith(".json"):
+            raise UserError(f"--importance {self.importance}: one of {', '.join(ORDERS)} or a .json file is needed.")
+        self.own_order = self.importance if self.importance in ORDERS else "file"
+        if self.curve_points < 0:
+            raise UserError(f"--curve_points {self.curve_points}: 0 or more is needed.")
+        if self.seqlen < 3 or self.nsamples < 2:
+            raise UserError(f"--nsamples {self.nsamples} --seqlen {self.seqlen}: 2 windows of 3 tokens at least.")
+
+    def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
+        """Refuses a matrix that the widths or groups do not fit, before any work."""
+        for bits in (self.high, self.low):
+            try:
+                check_format(d_in, bits, self.group_size)
+            except ValueError as error:
+                raise UserError(f"{name}: {error} (--group_size, or --ignore for this matrix).") from None
+        if self.backend == "gptq" and self.nsamples * self.seqlen < d_in:
+            raise UserError(
+                f"--nsamples {self.nsamples}: {self.nsamples * self.seqlen} calibration tokens are fewer than the {d_in}"
+                f" inputs of {name}, too few for GPTQ; use at least {math.ceil(GPTQ_TOKENS * d_in / self.seqlen)}."
+            )
+
+    def modules(self, streamed) -> dict[str, nn.Linear]:
+        """The linears; also reads what of the flags depends on the number of blocks."""
+        self.linears = super().modules(streamed)
+        self.blocks = sorted({layer_index(name, 0) for name in self.linears})
+        self.weights = dict.fromkeys(self.blocks, 0)
+        for name, module in self.linears.items():
+            self.weights[layer_index(name, 0)] += module.in_features * module.out_features
+        self.kept = pinned(self.keep, self.blocks)
+        free = [block for block in self.blocks if block not in self.kept]
+        plan_bits(free, self.weights, self.avg_bits, self.high, self.low)  # is the average within reach?
+        self.given = read_scores(self.importance, self.blocks) if self.own_order == "file" else None
+        return self.linears
+
+    # -------------------------------------------------------------------------------------------------- quantising
+
+    def quantise(self, backend: str, weight: Tensor, stats: LayerStats, bits: int) -> Variant:
+        """One matrix (d_out, d_in) fp32 by one backend."""
+        options = (bits, self.group_size, self.symmetric, getattr(torch, self.dtype))
+        if backend == "awq":
+            return Variant({}, None, awq(weight, stats, *options))
+        if backend == "hqq":
+            quantized = hqq(weight, *options)
+        elif backend == "rtn":
+            quantized = rtn(weight, *options, search=self.scale_search)
+        else:
+            quantized = gptq(weight, stats, *options, search=self.scale_search)
+        return self.pack(quantized, backend)
+
+    def pack(self, quantized: Quantized, backend: str) -> Variant:
+        """The tensors of section 4."""
+        dtype = getattr(torch, self.dtype)
+        tensors = {
+            "qweight": pack_codes(quantized.codes, quantized.bits, self.group_size),
+            "scales": quantized.scales.to(dtype),
+        }
+        if quantized.zeros is not None:
+            zeros = quantized.zeros
+            tensors["zeros"] = zeros if zeros.dtype == torch.uint8 else zeros.to(dtype)
+        return Variant(tensors, None, quantized.dequantize(), self.spec(backend, quantized.bits))
+
+    def spec(self, backend: str, bits: int) -> dict:
+        """What config.json says of one matrix."""
+        return {"format": "packed", "bits": bits, "group_size": self.group_size, "zeros": self.zeros[backend]}
+
+    def inputs(self, backend: str | None = None) -> str:
+        """Only GPTQ depends on its inputs enough for the order of work to matter."""
+        return "sequential" if self.sequential and (backend or self.backend) == "gptq" else "dense"
+
+    def compress(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+        """One matrix of the checkpoint, at the width of its block."""
+        return {self.method: self.quantise(self.backend, weight, stats, self.bits[layer_index(name, 0)])}
+
+    def candidates(self) -> Method:
+        """Every matrix at both widths, on inputs of the model that has the high one everywhere (section 3.6)."""
+        names = {f"{bits}-bit": bits for bits in (self.high, self.low)}
+
+        def compress(_: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+            return {name: self.quantise(self.backend, weight, stats, bits) for name, bits in names.items()}
+
+        return Method(f"{self.high}-bit", compress, self.inputs(), packed=tuple(names))
+
+    def baseline_methods(self) -> list[Method]:
+        """The other quantisers, at the same widths block by block."""
+
+        def method(backend: str) -> Method:
+            def compress(name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+                return {backend: self.quantise(backend, weight, stats, self.bits[layer_index(name, 0)])}
+
+            return Method(backend, compress, self.inputs(backend), packed=(backend,) if backend != "awq" else ())
+
+        rivals = ("rtn", "hqq", "gptq", "awq")
+        return [method(name) for name in rivals if name != self.backend and not (self.symmetric and name == "hqq")]
+
+    # ---------------------------------------------------------------------------------------------- the two passes
+
+    def methods(self) -> list[Method]:
+        own, *rivals = super().methods()
+        return [own, self.candidates(), *rivals]
+
+    def produce(self, run: Run, store: MatrixStore, compress) -> None:
+        """Candidates and scores of all blocks; from them the plan; the checkpoint and the other quantisers by the plan."""
+        own, candidates, *rivals = run.methods
+        compress([candidates], observe=partial(score_block, store.folder / "blocks"))
+        if run.processes.rank == 0:
+            cached_json(store.folder / "plan.json", partial(self.make_plan, run, store))
+        run.processes.barrier()
+        self.bits = Plan.read(store).bits
+        compress([own, *rivals])
+
+    def make_plan(self, run: Run, store: MatrixStore) -> dict:
+        """The plan as JSON: scores of the blocks, their weights, and the bits that meet the average."""
+        facts = {i: json.loads((store.folder / "blocks" / f"{i}.json").read_text()) for i in self.blocks}
+        free = ["lim", "zd", *(["zd-two-sided"] if self.importance == "zd-two-sided" else [])]
+        scores = {name: {i: facts[i][name] for i in self.blocks} for name in free}
+        if "sensitivity" in (self.own_order, *self.chosen_baselines()):
+            scores["sensitivity"] = self.sensitivity(run, store)
+        if self.given is not None:
+            scores["file"] = self.given
+        order = self.order(self.own_order, scores, self.seed)
+        halves = ([facts[i]["halves"][half] for i in self.blocks] for half in (0, 1))
+        return {
+            "seed": self.seed,
+            "scores": scores,
+            "stability": kendall_tau(*halves),
+            "bits": plan_bits(order, self.weights, self.avg_bits, self.high, self.low),
+        }
+
+    def sensitivity(self, run: Run, store: MatrixStore) -> dict[int, float]:
+        """Damage of each block alone at the low width, on calibration text that nothing else has seen."""
+        count = max(1, SENSITIVITY_TOKENS // self.seqlen)
+        windows = calibration_windows(run.text, run.tokenizer, self.nsamples + count, self.seqlen, self.seed)
+        swapped = f"{self.high}-bit", f"{self.low}-bit"
+        model, rows = load_fp32(run.base.path), []
+        for number, window in enumerate(windows[self.nsamples :]):
+            print(f"sensitivity, window {number + 1}/{count}", flush=True)
+            make = partial(
+                block_damage, model, window, self.linears, partial(store.weight, swapped[0], variant=swapped[1])
+            )
+            rows.append(cached_json(store.folder / "sensitivity" / f"{number}.json", make))
+        return {i: statistics.fmean(row[str(i)] for row in rows) for i in self.blocks}
+
+    def order(self, name: str, scores: dict[str, dict[int, float]], seed: int) -> list[int]:
+        """The blocks, least important first, without those that --keep pins."""
+        if name == "reversed":
+            return self.order(self.own_order, scores, seed)[::-1]
+        blocks = self.blocks
+        if name.startswith("zd"):
+            importance = {i: -scores[name][i] for i in blocks}
+        elif name == "random":
+            shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
+            importance = dict(zip(blocks, shuffled, strict=True))
+        elif name == "depth":
+            importance = {i: -i for i in blocks}
+        elif name == "ends":
+            importance = {i: abs(i - (blocks[0] + blocks[-1]) / 2) for i in blocks}
+        else:
+            importance = scores[name]
+        return [i for i in least_first(importance) if i not in self.kept]
+
+    # --------------------------------------------------------------------------------------------------- measuring
+
+    def baseline_names(self) -> list[str]:
+        """Both uniform widths, all orders, whole blocks dropped, the other quantisers."""
+        orders = [name for name in self.orders() if name != self.own_order or self.inputs() != "dense"]
+        rivals = [method.name for method in self.baseline_methods()]
+        return [f"{self.high}-bit", f"{self.low}-bit", *orders, "dropped", *rivals]
+
+    def orders(self) -> list[str]:
+        """The chosen order, its reverse, and the others."""
+        others = [name for name in ORDERS if name not in (self.own_order, "zd-two-sided")]
+        return [self.own_order, "reversed", *others]
+
+    def measure_baselines(self, run: Run) -> dict[str, list[dict]]:
+        measured = {}
+        for name in self.chosen_baselines():
+            for seed in run.seeds:
+                plan = Plan.read(run.store(seed))
+                if name in BACKENDS or name == "awq":
+                    metrics = run.measure(f"{name}-{seed}", partial(load_variant, run, seed, name, name))
+                else:
+                    metrics = self.measure_mixtures(run, seed, self.mixtures(name, plan))
+                measured.setdefault(name, []).append(metrics)
+        return measured
+
+    def mixtures(self, name: str, plan: Plan, lowered: int | None = None) -> list[dict[int, int]]:
+        """{block: bits} of a baseline that swaps candidates, several of a random order; a missing block is dropped.
+
+        lowered: blocks of an order at the low width; None means as many as the checkpoint has.
+        """
+        high = dict.fromkeys(self.blocks, self.high)
+        if name.endswith("-bit"):
+            return [dict.fromkeys(self.blocks, int(name.removesuffix("-bit")))]
+        if name == "dropped":
+            for block in least_first(plan.scores["lim"]):
+                if self.bytes_of(high) <= self.bytes_of(plan.bits):
+                    break
+                del high[block]
+            return [high]
+        lowered = sum(bits == self.low for bits in plan.bits.values()) if lowered is None else lowered
+        draws = range(plan.seed, plan.seed + RANDOM_ORDERS) if name == "random" else [plan.seed]
+        orders = [self.order(name, plan.scores, draw)[:lowered] for draw in draws]
+        return [high | dict.fromkeys(order, self.low) for order in orders]
+
+    def measure_mixtures(self, run: Run, seed: int, mixtures: list[dict[int, int]]) -> dict[str, dict]:
+        """The mean over mixtures; each is measured once, whichever order leads to it."""
+        runs = {}
+        for bits in mixtures:
+            digest = hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:12]
+            load = partial(load_mixture, run, run.store(seed), f"{self.high}-bit", bits)
+            runs[digest] = run.measure(f"mixture-{seed}-{digest}", load)
+        return mean_of_runs(list(runs.values()))
+
+    def rows(self, bits: dict[int, int], backend: str) -> list[dict]:
+        """The shape and format of every matrix of the blocks in `bits`, as in the report's `layers`."""
+        shapes = {name: {"d_out": m.out_features, "d_in": m.in_features} for name, m in self.linears.items()}
+        places = {name: layer_index(name, 0) for name in shapes}
+        return [
+            shape | self.spec(backend, bits[places[name]]) for name, shape in shapes.items() if places[name] in bits
+        ]
+
+    def average(self, bits: dict[int, int]) -> float:
+        """Bits per weight, counted by weights, not by blocks."""
+        return sum(self.weights[block] * b for block, b in bits.items()) / sum(self.weights.values())
+
+    def bytes_of(self, bits: dict[int, int]) -> int:
+        itemsize = getattr(torch, self.dtype).itemsize
+        return sum(layer_bytes(row, itemsize) for row in self.rows(bits, self.backend))
+
+    def baseline_rows(
+        self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
+    ) -> dict[str, list[dict]]:
+        """AWQ's scales of the inputs count as folded into the layer before."""
+        plan, rows = Plan.read(store), {}
+        for name in names:
+            quantiser = name in self.zeros
+            bits = plan.bits if quantiser else self.mixtures(name, plan)[0]
+            rows[name] = self.rows(bits, name if quantiser else self.backend)
+        return rows
+
+    def compression_config(self, store: MatrixStore) -> dict:
+        """The method's own part of `compression_config` (section 4)."""
+        plan = Plan.read(store)
+        return {
+            "backend": self.backend,
+            "importance": self.own_order,
+            "levels": [self.high, self.low],
+            "average_bits": self.average(plan.bits),
+            "average_bits_with_overhead": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
+            "bits_by_layer": {str(block): bits for block, bits in plan.bits.items()},
+        }
+
+    def findings(self, run: Run) -> dict:
+        """Importance of the blocks, curves of quality against bits, and what the reader of the card must know."""
+        plan = Plan.read(run.store(run.seeds[0]))
+        blocks = [
+            {"index": i, "bits": plan.bits[i], "scores": {name: values[i] for name, values in plan.scores.items()}}
+            for i in self.blocks
+        ]
+        found = {"importance": {"stability": plan.stability, "blocks": blocks}, "notes": self.notes(plan)}
+        if self.curve_points:
+            names = [self.own_order, *(name for name in self.chosen_baselines() if name in self.orders())]
+            found["curves"] = {name: self.curve(run, plan, name) for name in names}
+        return found
+
+    def curve(self, run: Run, plan: Plan, name: str) -> list[dict]:
+        """Quality with more and more blocks of an order lowered, from none to all."""
+        count = len(self.blocks) - len(self.kept)
+        steps = {round(count * point / (self.curve_points + 1)) for point in range(self.curve_points + 2)}
+        points = []
+        for lowered in sorted(steps | {sum(bits == self.low for bits in plan.bits.values())}):
+            mixtures = self.mixtures(name, plan, lowered)
+            metrics = self.measure_mixtures(run, plan.seed, mixtures)
+            points.append({"lowered": lowered, "bits": self.average(mixtures[0]), "metrics": metrics})
+        return points
+
+    def notes(self, plan: Plan) -> list[str]:
+        config = {
+            "nominal": self.average(plan.bits),
+            "stored": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
+        }
+        notes = [
+            f"the quantised weights take {config['nominal']:.2f} bits on average, {config['stored']:.2f} with scales and"
+            " zero points; embeddings, head and norms are not quantised"
+        ]
+        if plan.stability < STABLE:
+            notes.append(
+                f"the ranking by LIM is not stable: Kendall's tau between halves of the calibration text is"
+                f" {plan.stability:.2f}, and {STABLE} is wanted; more --nsamples would settle it"
+            )
+        widest = max(module.in_features for module in self.linears.values())
+        tokens = self.nsamples * self.seqlen
+        if self.backend == "gptq" and tokens < GPTQ_TOKENS * widest:
+            notes.append(
+                f"GPTQ saw {tokens} tokens, fewer than {GPTQ_TOKENS} for each of {widest} inputs, which it wants"
+            )
+        return notes
+
+
+@dataclass
+class Plan:
+    """What was decided for one seed; all maps are by number of block."""
+
+    seed: int
+    scores: dict[str, dict[int, float]]
+    stability: float  # of LIM: Kendall's tau between two halves of the calibration text
+    bits: dict[int, int]
+
+    @classmethod
+    def read(cls, store: MatrixStore) -> Plan:
+        plan = json.loads((store.folder / "plan.json").read_text())
+        numbered = lambda values: {int(block): value for block, value in values.items()}  # noqa: E731
+        scores = {name: numbered(values) for name, values in plan["scores"].items()}
+        return cls(plan["seed"], scores, plan["stability"], numbered(plan["bits"]))
+
+
+# ------------------------------------------------------------------------------------------------- plan and flags
+
+
+def score_block(folder: Path, index: int, weights: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    """Scores of one block of the dense model, to folder/<index>.json; x, y (N, T, d) are its inputs and outputs."""
+    if not weights:
+        return
+
+    def make() -> dict:
+        windows = torch.cat([lim(*pair) for pair in zip(x.split(4), y.split(4), strict=True)])
+        if not torch.isfinite(windows).all():
+            raise UserError(f"block {index}: its hidden states hold NaN or Inf; such a model cannot be ranked.")
+        matrices = list(weights.values())
+        return {
+            "lim": windows.mean().item(),
+            "halves": [half.mean().item() for half in windows.chunk(2)],
+            "zd": zd(matrices),
+            "zd-two-sided": zd(matrices, two_sided=True),
+        }
+
+    cached_json(folder / f"{index}.json", make)
+
+
+def plan_bits(order: list[int], weights: dict[int, int], average: float, high: int, low: int) -> dict[int, int]:
+    """{block: width}: as few blocks of `order` as bring the average over weights down to `average` get `low`   [3.4]
+
+    Raises: UserError when all of them are not enough (some are pinned).
+    """
+    bits = dict.fromkeys(weights, high)
+    excess = (high - average) * sum(weights.values())
+    slack = 1e-9 * sum(weights.values())
+    for block in order:
+        if excess <= slack:
+            return bits
+        bits[block] = low
+        excess -= (high - low) * weights[block]
+    if excess > slack:
+        reached = average + excess / sum(weights.values())
+        raise UserError(f"--avg_bits {average}: --keep pins too many blocks, {reached:.2f} is the least; keep fewer.")
+    return bits
+
+
+def parse_levels(text: str, average: float) -> tuple[int, int]:
+    """'4,3' -> (4, 3); 'auto' -> the neighbouring widths with high > average >= low (8,6 for 8)."""
+    if text == "auto" and WIDTHS[-1] <= average <= WIDTHS[0]:
+        low = next(width for width in WIDTHS[1:] if width <= average)
+        return WIDTHS[WIDTHS.index(low) - 1], low
+    try:
+        high, low = (int(part) for part in text.split(","))
+    except ValueError:
+        high, low = (0, 0) if text != "auto" else (WIDTHS[0], WIDTHS[-1])
+    if not (high in WIDTHS and low in WIDTHS and high > low):
+        widths = ", ".join(map(str, WIDTHS))
+        raise UserError(f"--levels {text}: two different widths of {widths}, the higher first, or auto is needed.")
+    if not low <= average <= high:
+        raise UserError(f"--avg_bits {average}: widths {high} and {low} reach averages from {low} to {high} only.")
+    return high, low
+
+
+def pinned(keep: list[str], blocks: list[int]) -> set[int]:
+    """Numbers of the blocks that --keep names."""
+    names = {"first": blocks[0], "last": blocks[-1]} | {str(block): block for block in blocks}
+    for name in keep:
+        if name not in names:
+            raise UserError(f"--keep {name}: first, last or a block from {blocks[0]} to {blocks[-1]} is needed.")
+    return {names[name] for name in keep}
+
+
+def read_scores(path: str, blocks: list[int]) -> dict[int, float]:
+    """The importance of every block from a .json list."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        scores = dict(zip(blocks, map(float, values), strict=True))
+    except OSError as error:
+        raise UserError(f"--importance {path}: cannot be read ({error.strerror}).") from None
+    except (ValueError, TypeError):
+        raise UserError(f"--importance {path}: a JSON list of {len(blocks)} numbers, one a block, is needed.") from None
+    if not all(map(math.isfinite, scores.values())):
+        raise UserError(f"--importance {path}: it holds NaN or Infinity.")
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def load_mixture(run: Run, store: MatrixStore, method: str, bits: dict[int, int]) -> nn.Module:
+    """The dense model with candidates of the given widths swapped in; a block that `bits` lacks hands its input on."""
+    model = load_fp32(run.base.path)
+    missing = set()
+    for name in run.modules:
+        block = layer_index(name, 0)
+        if block in bits:
+            model.get_submodule(name).weight.data.copy_(store.weight(method, name, f"{bits[block]}-bit"))
+        else:
+            missing.add(block)
+    for block in missing:
+        model.get_decoder().layers[block].forward = lambda hidden_states, **_: hidden_states
+    return model
+
+
+def mean_of_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:
+    """{metric: M} with mean and sample standard deviation over several models; a single one stays as it is."""
+    if len(runs) == 1:
+        return runs[0]
+    merged = {}
+    for key, first in runs[0].items():
+        values = [run[key]["value"] for run in runs]
+        spread = {"value": statistics.fmean(values), "spread": statistics.stdev(values)}
+        merged[key] = first | spread | {"n": len(values), "n_of": "runs"}
+    return merged
