@@ -15,6 +15,8 @@ from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
+CACHE = {"method": "kvtuner", "version": 1, "mode": "kivi", "group_size": 8, "residual_length": 8}
+CACHE["layers"] = [[4, 2], [8, 4]]
 FAMILIES = {"llama": "armor", "qwen2": "ragged", "qwen3": (4, 3), "gemma3_text": "2:4"}
 
 
@@ -34,7 +36,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each family, each with the logits and greedy tokens that the installed slimzoo computes."""
     root, folders = tmp_path_factory.mktemp("checkpoints"), {}
     for family, kind in FAMILIES.items():
-        folders[family] = Packing(make_base(root / f"base-{family}", family), kind).write(root / f"slim-{family}")
+        packing = Packing(make_base(root / f"base-{family}", family), kind)
+        settings = {"kv_cache_quantization": CACHE} if family == "qwen3" else {}  # its tokens come from packed codes
+        folders[family] = packing.write(root / f"slim-{family}", settings=settings)
         model = AutoModelForCausalLM.from_pretrained(folders[family])
         with torch.no_grad():
             logits = model(IDS).logits

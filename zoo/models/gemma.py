@@ -20,6 +20,7 @@ from .packed import PackedConfigMixin, PackedModelMixin
 class SlimGemmaConfig(PackedConfigMixin, GemmaConfig):
     model_type = "slim_gemma"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimGemmaModel(PackedModelMixin, GemmaModel):
@@ -34,6 +35,7 @@ class SlimGemmaForCausalLM(PackedModelMixin, GemmaForCausalLM):
 class SlimGemma2Config(PackedConfigMixin, Gemma2Config):
     model_type = "slim_gemma2"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimGemma2Model(PackedModelMixin, Gemma2Model):
@@ -48,6 +50,7 @@ class SlimGemma2ForCausalLM(PackedModelMixin, Gemma2ForCausalLM):
 class SlimGemma3Config(PackedConfigMixin, Gemma3TextConfig):
     model_type = "slim_gemma3_text"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimGemma3Model(PackedModelMixin, Gemma3TextModel):

@@ -10,6 +10,7 @@ from .packed import PackedConfigMixin, PackedModelMixin
 class SlimLlamaConfig(PackedConfigMixin, LlamaConfig):
     model_type = "slim_llama"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimLlamaModel(PackedModelMixin, LlamaModel):

@@ -10,6 +10,7 @@ from .packed import PackedConfigMixin, PackedModelMixin
 class SlimMistralConfig(PackedConfigMixin, MistralConfig):
     model_type = "slim_mistral"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimMistralModel(PackedModelMixin, MistralModel):

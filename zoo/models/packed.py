@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..bundle import bundle_stem, write_bundle
+from ..cache import ATTENTION, KVTunerCache, check_table, give_cache
 from ..errors import UserError
 from ..layers.packed_linear import REBUILD, PackedLinear
 from ..layers.packing import pack_linears
@@ -13,7 +14,8 @@ FORMAT_VERSION = 1
 
 
 class PackedConfigMixin:
-    """Mixed in before a stock config class, beside the field `compression_config: dict | None`.
+    """Mixed in before a stock config class, beside the fields `compression_config: dict | None` (what is packed)
+    and `kv_cache_quantization: dict | None` (see cache.py).
 
     Wherever the config is saved, alone or with its model, the code that reads it goes along.
     """
@@ -55,6 +57,11 @@ class PackedModelMixin:
             prefix = f"{self.base_model_prefix}."
             modules = {name.removeprefix(prefix): spec for name, spec in modules.items() if name.startswith(prefix)}
         pack_linears(self, modules)
+        if config.kv_cache_quantization:
+            check_table(config, config.kv_cache_quantization)
+            if config._attn_implementation == "sdpa":
+                self.set_attn_implementation(ATTENTION)
+            self.base_model.register_forward_pre_hook(give_cache, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -96,6 +103,18 @@ class PackedModelMixin:
             more = f" and {len(problems) - 1} more tensors are wrong" if problems[1:] else ""
             raise UserError(f"{self.name_or_path}: tensor {problems[0]}{more}; {REBUILD}.")
         self._all_tensors_fit = True
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in transformers, but where that would make a DynamicCache, a config with a table gets its own cache."""
+        if (
+            self.config.kv_cache_quantization
+            and model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+        ):
+            model_kwargs["past_key_values"] = KVTunerCache.from_config(self.config)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, max_shard_size="5GB", **kwargs):
         """As PreTrainedModel.save_pretrained, with smaller shards."""

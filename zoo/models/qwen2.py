@@ -10,6 +10,7 @@ from .packed import PackedConfigMixin, PackedModelMixin
 class SlimQwen2Config(PackedConfigMixin, Qwen2Config):
     model_type = "slim_qwen2"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimQwen2Model(PackedModelMixin, Qwen2Model):

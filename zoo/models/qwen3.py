@@ -10,6 +10,7 @@ from .packed import PackedConfigMixin, PackedModelMixin
 class SlimQwen3Config(PackedConfigMixin, Qwen3Config):
     model_type = "slim_qwen3"
     compression_config: dict | None = None
+    kv_cache_quantization: dict | None = None
 
 
 class SlimQwen3Model(PackedModelMixin, Qwen3Model):

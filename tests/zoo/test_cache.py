@@ -1,0 +1,382 @@
+"""The quantised KV cache inside models: what it stores, what attention reads, and all that generation does with a cache."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import Packing, make_base
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import zoo  # noqa: F401
+from zoo.cache import ATTENTION, KVTunerCache, KVTunerLayer, check_table
+from zoo.errors import UserError
+
+IDS = torch.randint(0, 256, (2, 45), generator=torch.Generator().manual_seed(0))
+
+
+def table(layers=((8, 4), (4, 2)), mode="per_token", **changes):
+    usual = (
+        {"group_size": -1, "residual_length": 0} if mode == "per_token" else {"group_size": 8, "residual_length": 16}
+    )
+    return (
+        {"method": "kvtuner", "version": 1, "mode": mode, "layers": [list(pair) for pair in layers]} | usual | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = make_base(tmp_path_factory.mktemp("base") / "llama", "llama", max_position_embeddings=512)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(params=["sdpa", ATTENTION])
+def attention(model, request):
+    model.set_attn_implementation(request.param)
+    yield request.param
+    model.set_attn_implementation("sdpa")
+
+
+def run(model, cache, ids, chunks=(), mask=None):
+    """Logits of every token: first chunks of the given lengths, then token by token."""
+    logits, start = [], 0
+    for length in (*chunks, *[1] * (ids.shape[1] - sum(chunks))):
+        part = {"attention_mask": mask[:, : start + length]} if mask is not None else {}
+        with torch.no_grad():
+            out = model(ids[:, start : start + length], past_key_values=cache, use_cache=True, **part)
+        logits.append(out.logits)
+        start += length
+    return torch.cat(logits, 1)
+
+
+def stored(cache):
+    """Everything that the cache holds, layer by layer."""
+    return [
+        tensor for layer in cache.layers for store in layer.stores for tensor in store.part()[:4] if tensor is not None
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- contents
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_1_bytes_are_those_of_the_formula(model, mode):
+    cache = KVTunerCache.from_config(model.config, table(mode=mode))
+    run(model, cache, IDS, chunks=(40,))
+    size, heads, tokens, total = 16, 2, 45, 0
+    for pair in ((8, 4), (4, 2)):
+        for bits in pair:
+            if mode == "per_token":
+                total += tokens * (size * bits // 8 + 4)
+            else:
+                packed, rest = 32, 13
+                total += packed * size * bits // 8 + 4 * packed * size // 8 + rest * size * 4
+    assert cache.nbytes == 2 * heads * total and cache.get_seq_length() == tokens
+    assert (cache.batch_size, cache.get_max_length()) == (2, -1)
+
+
+def test_3_sixteen_bits_are_a_dynamic_cache(model, attention):
+    found = run(model, KVTunerCache.from_config(model.config, table(((16, 16),) * 2)), IDS, chunks=(30,))
+    wanted = run(model, DynamicCache(config=model.config), IDS, chunks=(30,))
+    assert torch.equal(found, wanted)
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    cache = KVTunerCache.from_config(model.config, table(((16, 16),) * 2))
+    assert torch.equal(model.generate(IDS, past_key_values=cache, **options), model.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+@pytest.mark.parametrize("pair", [*itertools.product((8, 4, 2), (8, 4, 2)), (16, 4), (8, 16)])
+def test_4_packed_attention_is_dequantised_attention(model, mode, pair):
+    found = {}
+    for implementation in ("sdpa", ATTENTION):
+        model.set_attn_implementation(implementation)
+        cache = KVTunerCache.from_config(model.config, table((pair, pair), mode))
+        found[implementation] = run(model, cache, IDS, chunks=(20,))
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(found["sdpa"], found[ATTENTION], atol=2e-4, rtol=1e-4)
+    if 16 not in pair and pair[0] < 8:
+        dense = run(model, DynamicCache(config=model.config), IDS, chunks=(20,))
+        assert (found["sdpa"] - dense).abs().max() > 1e-3  # it is quantised
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_5_codes_do_not_depend_on_how_tokens_came_and_never_change(mode):
+    config = type("Config", (), {"_attn_implementation": "sdpa", "num_attention_heads": 4, "head_dim": 16})()
+    config.num_hidden_layers = 1
+    g = torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, 2, 260, 16, generator=g), torch.randn(2, 2, 260, 16, generator=g)
+
+    def layer(lengths):
+        made = KVTunerLayer(4, 2, check_table(config, table(((4, 2),), mode))[0], config)
+        start = 0
+        for length in lengths:
+            made.update(k[:, :, start : start + length], v[:, :, start : start + length])
+            start += length
+        return made
+
+    whole = layer([260])
+    for lengths in ([1] * 260, [7, 100, 1, 1, 51, 100]):
+        for one, other in zip(whole.stores, layer(lengths).stores, strict=True):
+            for a, b in zip(one.part()[:4], other.part()[:4], strict=True):
+                assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+    early = [tensor.clone() for store in layer([60]).stores for tensor in store.part()[:3]]
+    later = layer([60, *[1] * 200])
+    for before, after in zip(early, [t for store in later.stores for t in store.part()[:3]], strict=True):
+        assert torch.equal(before, after[:, :, : before.shape[2]])
+
+
+# --------------------------------------------------------------------------------------------------- what generation does
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_chunked_prefill_reads_what_is_stored(model, attention, mode):
+    """Later chunks attend to earlier tokens as stored: with 8 bits that is near the exact model, chunk by chunk."""
+    wanted = run(model, DynamicCache(config=model.config), IDS, chunks=(45,))
+    cache = KVTunerCache.from_config(model.config, table(((8, 8),) * 2, mode))
+    found = run(model, cache, IDS, chunks=(20, 20, 5))
+    torch.testing.assert_close(
+        found[:, :20], wanted[:, :20], atol=1e-5, rtol=1e-5
+    )  # a prompt attends to itself exactly
+    assert 0 < (found - wanted).abs().max() < 0.15
+    rough = KVTunerCache.from_config(model.config, table(((8, 8),) * 2, mode, prefill="quantized"))
+    assert not torch.equal(run(model, rough, IDS, chunks=(45,)), wanted)
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_left_padding_changes_nothing(model, attention, mode):
+    """…also in blocks of keys by channel, whose range padding must not widen."""
+    pair = table(((4, 4), (4, 4)), mode)
+    prompt, padding = IDS[:1, :24], 8  # whole blocks: the same tokens share a block with and without padding
+    ids = torch.cat([torch.cat([torch.full((1, padding), 258), prompt], 1), IDS[1:, : 24 + padding]])
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 258}
+    alone = model.generate(prompt, past_key_values=KVTunerCache.from_config(model.config, pair), **options)
+    cache = KVTunerCache.from_config(model.config, pair)
+    if mode == "kivi":
+        cache.form.padding = mask.bool()  # a model with the table does this by itself
+    padded = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(alone[0, 24:], padded[0, 24 + padding :])
+
+
+def test_padding_stays_out_of_a_blocks_range():
+    config = type("Config", (), {"_attn_implementation": "sdpa", "num_attention_heads": 1, "head_dim": 16})()
+    config.num_hidden_layers = 1
+    k = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(2))
+    k[:, :, :3] = 1e4
+    layer = KVTunerLayer(8, 8, check_table(config, table(((8, 8),), "kivi"))[0], config)
+    layer.form.padding = torch.arange(16)[None] >= 3
+    layer.update(k, k)
+    assert (layer.dense(layer.stores[0])[:, :, 3:] - k[:, :, 3:]).abs().max() < 0.02
+    only = KVTunerLayer(8, 8, layer.form, config)
+    layer.form.padding = torch.zeros(1, 16, dtype=torch.bool)  # nothing but padding
+    only.update(k, k)
+    assert torch.isfinite(only.dense(only.stores[0])).all()
+
+
+def beams(model, pair):
+    cache = KVTunerCache.from_config(model.config, pair)
+    return model.generate(
+        IDS[:1], past_key_values=cache, num_beams=3, max_new_tokens=20, min_new_tokens=20, do_sample=False
+    )
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_beams_follow_their_histories(model, attention, mode):
+    """With near-lossless widths beam search finds what it finds without a quantised cache."""
+    found = beams(model, table(((8, 8), (16, 16)), mode))
+    wanted = model.generate(IDS[:1], num_beams=3, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_crop_reorder_repeat_select(model, attention, mode):
+    pair = table(((8, 4), (4, 8)), mode)
+    cache = KVTunerCache.from_config(model.config, pair)
+    run(model, cache, IDS, chunks=(45,))
+    before = [layer.dense(store) for layer in cache.layers for store in layer.stores]
+    cache.crop(-9)  # into a block
+    after = [layer.dense(store) for layer in cache.layers for store in layer.stores]
+    assert cache.get_seq_length() == 36
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, old[:, :, :36], atol=1e-6, rtol=1e-6)
+    run(model, cache, IDS[:, :12], chunks=(12,))  # it goes on
+    assert cache.get_seq_length() == 48
+    cache.reorder_cache(torch.tensor([1, 1]))
+    for layer in cache.layers:
+        for store in layer.stores:
+            dense = layer.dense(store)
+            assert torch.equal(dense[0], dense[1])
+    cache.batch_repeat_interleave(3)
+    assert cache.batch_size == 6
+    cache.batch_select_indices(torch.tensor([0, 5]))
+    assert cache.batch_size == 2
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="minus the number"):
+        cache.layers[0].crop(5)
+    cache.reset()
+    assert cache.nbytes == 0 and cache.batch_size == -1
+    run(model, cache, IDS[:1], chunks=(10,))
+    assert cache.batch_size == 1
+
+
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_a_saved_conversation_goes_on(model, attention, mode, tmp_path):
+    pair = table(((8, 4), (4, 16)), mode)
+    caches = [KVTunerCache.from_config(model.config, pair) for _ in range(2)]
+    for cache in caches:
+        run(model, cache, IDS[:, :30], chunks=(30,))
+    caches[0].save(tmp_path / "state.safetensors")
+    loaded = KVTunerCache.load(tmp_path / "state.safetensors", model.config, pair)
+    assert loaded.nbytes == caches[1].nbytes
+    found, wanted = (run(model, cache, IDS[:, 30:]) for cache in (loaded, caches[1]))
+    assert torch.equal(found, wanted)
+    for other in (table(((4, 4), (4, 16)), mode), table(((16, 16), (4, 16)), mode), table(((8, 4), (16, 16)), mode)):
+        with pytest.raises(UserError, match="was saved with another table"):
+            KVTunerCache.load(tmp_path / "state.safetensors", model.config, other)
+
+
+@pytest.mark.parametrize("prompt", [1, 7, 8, 9, 31])
+def test_short_prompts(model, attention, prompt):
+    for mode in ("per_token", "kivi"):
+        cache = KVTunerCache.from_config(model.config, table(mode=mode))
+        logits = run(model, cache, IDS[:, : prompt + 3], chunks=(prompt,))
+        assert torch.isfinite(logits).all() and cache.get_seq_length() == prompt + 3
+
+
+def test_training_goes_through(model):
+    cache = KVTunerCache.from_config(model.config, table())
+    model.set_attn_implementation(ATTENTION)
+    out = model(IDS, past_key_values=cache, labels=IDS)
+    out.loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+
+
+# --------------------------------------------------------------------------------------------- models that have a table
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Packed weights and a packed cache in one folder."""
+    root = tmp_path_factory.mktemp("stacked")
+    packing = Packing(make_base(root / "base", "qwen2", max_position_embeddings=512), (4, 3))
+    return packing.write(root / "slim", settings={"kv_cache_quantization": table(mode="kivi")})
+
+
+def test_10_generate_uses_the_table_by_itself(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert model.config._attn_implementation == ATTENTION
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    out = model.generate(IDS, return_dict_in_generate=True, attention_mask=torch.ones_like(IDS), **options)
+    cache = out.past_key_values
+    assert type(cache).__name__ == "KVTunerCache"
+    assert [(layer.key_bits, layer.value_bits) for layer in cache.layers] == [(8, 4), (4, 2)]
+    explicit = KVTunerCache.from_config(model.config)
+    assert torch.equal(model.generate(IDS, past_key_values=explicit, **options), out.sequences)
+    eager = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    assert torch.equal(eager.generate(IDS, **options), out.sequences)  # dequantised: the same numbers
+    with torch.no_grad():
+        assert type(model(IDS).past_key_values).__name__ == "KVTunerCache"
+        assert model(IDS, use_cache=False).past_key_values is None
+        dense = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(model(IDS).logits, dense)  # the prompt itself is exact
+    assert model.generate(IDS, use_cache=False, **options).shape == out.sequences.shape
+    own = DynamicCache(config=model.config)
+    model.generate(IDS, past_key_values=own, **options)
+    assert own.get_seq_length() == 74
+    assert model.generate(IDS, cache_implementation="static", **options).shape == out.sequences.shape
+    assert model.generate(IDS, num_beams=3, **options).shape == out.sequences.shape
+
+
+def test_10_padding_reaches_the_cache_by_itself(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    out = model.generate(IDS, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
+    assert not out.past_key_values.form.padding[0, :5].any() and out.past_key_values.form.padding[1].all()
+
+
+def test_10_the_table_survives_saving(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["kv_cache_quantization"] == table(mode="kivi")
+    assert (tmp_path / "again" / "slimzoo_cache.py").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    options = {"max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(again.generate(IDS, **options), model.generate(IDS, **options))
+
+
+def test_assisted_decoding_crops_and_agrees(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    found = model.generate(IDS[:1], prompt_lookup_num_tokens=3, **options)
+    assert found.shape[1] == 65
+
+
+def test_compiled_models_give_the_same(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    caches = [KVTunerCache.from_config(model.config) for _ in range(2)]
+    compiled = torch.compile(model, backend="eager")
+    found, wanted = (run(m, c, IDS[:, :20], chunks=(17,)) for m, c in zip((compiled, model), caches, strict=True))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_sliding_window_layers_keep_their_own_cache(tmp_path):
+    base = make_base(tmp_path / "base", "gemma3_text")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    pair = table(((16, 16), (8, 4)))
+    cache = KVTunerCache.from_config(model.config, pair)
+    run(model, cache, IDS[:, :30], chunks=(20,))
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "KVTunerLayer"]
+    assert cache.layers[0].keys.shape[2] == 7 and cache.layers[1].get_seq_length() == 30
+    cache.save(tmp_path / "state.safetensors")
+    loaded = KVTunerCache.load(tmp_path / "state.safetensors", model.config, pair)
+    found, wanted = (run(model, c, IDS[:, 30:40]) for c in (loaded, cache))
+    assert torch.equal(found, wanted)
+    with pytest.raises(UserError, match=r"layers\[0\] .*: a layer with a sliding window needs \[16, 16\]"):
+        KVTunerCache.from_config(model.config, table())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [[8, 4]]}, "one pair for each of the model's 2 layers is needed, not 1"),
+        ({"layers": [[8, 4], [8, 3]]}, r"layers\[1\] \[8, 3\]: key and value bits of 2, 4, 8 or 16"),
+        ({"layers": [[8, 4], [8]]}, "key and value bits"),
+        ({"mode": "magic"}, "mode 'magic': one of per_token, kivi"),
+        ({"prefill": "maybe"}, "prefill 'maybe'"),
+        ({"group_size": 32}, "mode per_token needs group_size -1"),
+        ({"mode": "kivi"}, "group_size -1: mode kivi needs a multiple of 8 that divides the head size 16"),
+        ({"mode": "kivi", "group_size": 32, "residual_length": 32}, "group_size 32"),
+        ({"mode": "kivi", "group_size": 8, "residual_length": 12}, "residual_length 12"),
+        ({"scale_dtype": "float32"}, "scale_dtype 'float32'"),
+        ({"version": 2}, "update slimzoo"),
+    ],
+)
+def test_impossible_tables_are_refused_in_one_sentence(model, changes, message):
+    with pytest.raises(UserError, match=message):
+        KVTunerCache.from_config(model.config, table() | changes)
+
+
+def test_a_model_without_a_table_says_so(model):
+    with pytest.raises(UserError, match="pass a table"):
+        KVTunerCache.from_config(model.config)
+
+
+def test_reference_attention_is_what_it_says():
+    """The definition itself against softmax written out, with a mask."""
+    from zoo.kernels.kv_attention.reference import Part, kv_attention
+
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, *rest, generator=g) for heads, *rest in ((4, 8), (2, 5, 8), (2, 5, 8)))
+    mask = torch.tensor([[True, False, True, True, False]])
+    found = kv_attention(q, Part(None, None, None, k, 16), Part(None, None, None, v, 16), mask, 0.3)
+    for head in range(4):
+        weights = {t: math.exp(0.3 * (q[0, head] @ k[0, head // 2, t]).item()) for t in (0, 2, 3)}
+        wanted = sum(w * v[0, head // 2, t] for t, w in weights.items()) / sum(weights.values())
+        torch.testing.assert_close(found[0, head], wanted)
