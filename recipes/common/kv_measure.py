@@ -1,0 +1,66 @@
+"""What the recipe `kvtuner` measures of a finished table: text, retrieval, tasks, and the speed of the real cache."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from recipes.common.data import Text, load_text
+from recipes.common.evaluation import compare_speed, metric, ratio
+from recipes.common.kv_simulation import quantised_cache
+from recipes.common.kv_tables import CacheFormat
+from recipes.common.layerwise import EVALUATION_TEXTS, load_fp32, measure_model
+from recipes.common.retrieval import Item, hidden_codes, retrieval
+
+
+def measure_cache(
+    model: nn.Module, tokenizer, texts: dict[str, Text], items: list[Item], settings: dict
+) -> dict[str, dict]:
+    """The metrics that a report claims, of the model as it is now: held-out texts, tasks, codes in long prompts."""
+    return measure_model(model, tokenizer, texts, settings) | (retrieval(model, items) if items else {})
+
+
+def remeasure(folder: Path, report: dict) -> dict[str, dict]:
+    """Measures a finished checkpoint again as its report says it was measured: what `verify` compares with."""
+    config = AutoConfig.from_pretrained(folder).kv_cache_quantization
+    form = CacheFormat(config["mode"], config["group_size"], config["residual_length"])
+    model, tokenizer, settings = load_fp32(folder).eval(), AutoTokenizer.from_pretrained(folder), report["config"]
+    texts = {name: load_text(name) for name in EVALUATION_TEXTS}
+    items = hidden_codes(tokenizer, settings["retrieval_items"], settings["retrieval_tokens"])
+    with quantised_cache(model, tuple(map(tuple, config["layers"])), form):
+        return measure_cache(model, tokenizer, texts, items, settings)
+
+
+def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:
+    """{metric: M} with mean and sample deviation over several tables; of a single one, itself."""
+    if len(runs) == 1:
+        return runs[0]
+    merged = {}
+    for key, first in runs[0].items():
+        values = [run[key]["value"] for run in runs]
+        spread, unit = statistics.stdev(values), first["unit"]
+        merged[key] = metric(statistics.fmean(values), spread, len(runs), "runs", unit, first["higher_is_better"])
+    return merged
+
+
+def measure_cache_speed(base: Path, folder: Path, prompt_tokens: int, repeats: int = 3) -> dict[str, dict[str, dict]]:
+    """Prefill of `prompt_tokens` and decoding after it: the checkpoint with its cache against the base, interleaved.
+
+    Both have the same weights in the same dtype, so the ratios are the cache's doing.
+    """
+    speed = {"decode": {}, "prefill": {}}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        models = {
+            "packed": AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            "dense": AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
+        }
+        raw = compare_speed(models, prompt_tokens=prompt_tokens, new_tokens=32, repeats=repeats)
+        packed, dense = raw["packed"], raw["dense"]
+        key = f"ratio_to_dense_{name}"
+        speed["decode"][key] = ratio(packed["decode_tokens_per_s"], dense["decode_tokens_per_s"])
+        speed["prefill"][key] = ratio(dense["prefill_seconds"], packed["prefill_seconds"])
+    return speed

@@ -1,0 +1,158 @@
+"""Tables of KV-cache widths, one (key bits, value bits) pair a layer: read, check, write, and what they cost."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from zoo.errors import UserError
+
+Pair = tuple[int, int]  # (key bits, value bits)
+Table = tuple[Pair, ...]  # one pair per attention layer
+WIDTHS = (2, 4, 8, 16)  # 16: the layer is left as it is
+PAIRS: tuple[Pair, ...] = tuple((k, v) for k in (8, 4, 2) for v in (8, 4, 2))
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "kvtuner" / "tables.yaml"
+SCALE_BITS = 32  # a scale and a minimum in fp16
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How numbers share a scale. per_token: all of one token and head; kivi: keys by channel over `group_size` tokens,
+    values by `group_size` numbers of one token, and the newest S mod `residual_length` tokens stay in 16 bits."""
+
+    mode: str = "per_token"
+    group_size: int = -1
+    residual_length: int = 0
+
+    def group(self, head_dim: int) -> int:
+        """Numbers that share one scale and minimum."""
+        return head_dim if self.group_size == -1 else self.group_size
+
+
+FORMATS = {"per_token": CacheFormat(), "kivi": CacheFormat("kivi", 32, 32)}
+
+
+def pair_name(pair: Pair) -> str:
+    """'K8V4', and 'KV8' for (8, 8)."""
+    k, v = pair
+    return f"KV{k}" if k == v else f"K{k}V{v}"
+
+
+def pair_bits(pair: Pair) -> float:
+    return sum(pair) / 2
+
+
+def equivalent_bits(table: Table) -> float:
+    """Mean of all widths, as the paper counts: without scales."""
+    return sum(map(pair_bits, table)) / len(table)
+
+
+def effective_bits(table: Table, form: CacheFormat, head_dim: int) -> float:
+    """Mean bits per number with the scales and minima; the residual, which is short, is left out."""
+    overhead = SCALE_BITS / form.group(head_dim)
+    return sum(bits + (overhead if bits < 16 else 0) for pair in table for bits in pair) / (2 * len(table))
+
+
+def bytes_per_token(table: Table, form: CacheFormat, kv_heads: int, head_dim: int) -> int:
+    """Bytes that one more token takes in all layers together (section 4)."""
+    return round(effective_bits(table, form, head_dim) * 2 * len(table) * kv_heads * head_dim / 8)
+
+
+def check_widths(table: Table, what: str, row: str = "layer") -> None:
+    """Raises UserError naming the first width that is not in WIDTHS."""
+    for index, pair in enumerate(table):
+        for bits in pair:
+            if bits not in WIDTHS:
+                raise UserError(f"{what}: {row} {index} has {bits} bits; one of 2, 4, 8, 16 is needed.")
+
+
+def parse_pairs(names: list[str]) -> tuple[Pair, ...]:
+    """['K8V4', 'KV2'] -> ((8, 4), (2, 2)), without duplicates."""
+    pairs = []
+    for name in names:
+        found = re.fullmatch(r"K(\d+)V(\d+)|KV(\d+)", name)
+        if not found:
+            raise UserError(f"--pairs {name}: key and value bits such as K8V4, or KV4 for both, are needed.")
+        k, v, both = found.groups()
+        pairs.append((int(k or both), int(v or both)))
+    if not pairs:
+        raise UserError("--pairs: one pair of widths or more is needed.")
+    check_widths(tuple(pairs), "--pairs", "pair")
+    return tuple(dict.fromkeys(pairs))
+
+
+def table_text(table: Table) -> str:
+    """'8,4 4,2': a key for files."""
+    return " ".join(f"{k},{v}" for k, v in table)
+
+
+def parse_table(text: str) -> Table:
+    return tuple(tuple(map(int, pair.split(","))) for pair in text.split())
+
+
+def layer_types(config) -> list[str]:
+    """What each layer of a model attends to: 'full_attention', or anything else."""
+    whole = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return getattr(config, "layer_types", None) or [whole] * config.num_hidden_layers
+
+
+def cache_shape(config) -> tuple[int, int, int]:
+    """(layers, KV heads, head size) of a model."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, size
+
+
+def read_table(source: str) -> tuple[str | None, Table]:
+    """(mode or None where it is not said, table) of a preset, or of a YAML or JSON file.
+
+    A file holds the official {layer: {nbits_key, nbits_value}}, or {mode, layers: [[8, 4], …]} as config.json does under
+    `kv_cache_quantization`; a whole config.json will do.
+
+    Raises: UserError if there is no such table, or it is not one.
+    """
+    known = presets()
+    if source in known:
+        return known[source]["mode"], known[source]["layers"]
+    path, what = Path(source), f"--load-table {source}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{what}: neither a file that can be read ({error.strerror}) nor a preset: {', '.join(known)}."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{what}: it is neither YAML nor JSON.") from None
+    try:
+        content = content.get("kv_cache_quantization", content)
+        if "layers" in content:
+            mode, rows = content.get("mode"), [tuple(row) for row in content["layers"]]
+        else:
+            if sorted(content) != list(range(len(content))):
+                raise UserError(f"{what}: every layer from 0 to the last is needed once, there are {sorted(content)}.")
+            mode, rows = None, [(row["nbits_key"], row["nbits_value"]) for _, row in sorted(content.items())]
+        table = tuple((int(k), int(v)) for k, v in rows)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{what}: a mapping from layers to nbits_key and nbits_value, or one with mode and layers, is needed."
+        ) from None
+    if not table:
+        raise UserError(f"{what}: it has no layers.")
+    check_widths(table, what)
+    return mode, table
+
+
+def official_yaml(table: Table) -> str:
+    """The table in the form of the authors' code: {layer: {nbits_key, nbits_value}}."""
+    return yaml.safe_dump({i: {"nbits_key": k, "nbits_value": v} for i, (k, v) in enumerate(table)}, sort_keys=False)
+
+
+def presets() -> dict[str, dict]:
+    """{name: {"model", "mode", "equivalent_bits", "layers": Table}} of the tables that the authors ship."""
+    rows = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    return {
+        name: row | {"layers": tuple((int(pair[0]), int(pair[1])) for pair in row["layers"].split())}
+        for name, row in rows.items()
+    }
