@@ -19,6 +19,8 @@ from zoo.kernels.bitmask_linear import gpu as bitmask_gpu
 from zoo.kernels.bitmask_linear.reference import bitmask_linear, pack_bitmask
 from zoo.kernels.block_diagonal_linear import gpu as block_gpu
 from zoo.kernels.block_diagonal_linear.reference import block_diagonal_linear
+from zoo.kernels.kv_attention import gpu as kv_gpu
+from zoo.kernels.kv_attention.reference import Part, kv_attention, quantize_channels, quantize_tokens
 from zoo.kernels.packed_linear import gpu as packed_gpu
 from zoo.kernels.packed_linear.reference import SECTIONS, pack_codes, packed_linear
 
@@ -91,6 +93,43 @@ def interpret():
                             packed_linear(x, *weight, bits=bits, group_size=group),
                             f"packed {bits} bits {NAMES[dtype]} {d_out}x{d_in} group {group}, {tokens} tokens",
                         )
+    for dtype in NAMES:
+        interpret_kv(dtype, g)
+
+
+def interpret_kv(dtype, g):
+    """Attention over packed keys and values: pairs of widths, both modes, dense rests, masks, odd sizes, many stretches."""
+
+    def part(x, bits, packed, group, by_channel):
+        dense = x[:, :, packed:] if packed < x.shape[2] else None
+        if not packed or bits == 16:
+            return Part(None, None, None, x, 16)
+        quantise = quantize_channels if by_channel else quantize_tokens
+        return Part(*quantise(x[:, :, :packed], bits, group), dense, bits)
+
+    for k_bits, v_bits, kv_heads, ratio, size, tokens, block in (
+        (8, 4, 2, 3, 64, 33, 0),
+        (4, 2, 1, 1, 80, 1, 0),
+        (2, 8, 1, 8, 96, 600, 0),
+        (4, 4, 2, 4, 64, 77, 32),
+        (2, 2, 1, 2, 32, 530, 32),
+        (8, 16, 1, 20, 128, 65, 32),
+        (16, 4, 1, 2, 64, 40, 0),
+    ):
+        k, v = (torch.randn(2, kv_heads, tokens, size, generator=g).to(dtype) for _ in range(2))
+        q = torch.randn(2, kv_heads * ratio, size, generator=g).to(dtype)
+        mask = torch.rand(2, tokens, generator=g) < 0.7
+        mask[0, 0], mask[1] = True, tokens == 33  # a row that attends to nothing
+        packed = tokens // block * block if block else tokens
+        keys = part(k, k_bits, packed, block or -1, bool(block))
+        values = part(v, v_bits, packed, 16 if block else -1, False)
+        for shown in (None, mask):
+            ours = kv_gpu.kv_attention_triton(q, keys, values, shown, 0.2)
+            wanted = kv_attention(q, keys, values, shown, 0.2)
+            tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            name = f"kv {NAMES[dtype]} K{k_bits}V{v_bits} {kv_heads}x{ratio} heads of {size}, {tokens} tokens"
+            difference = (ours.float() - wanted.float()).abs().max()
+            assert difference <= tolerance * max(1, wanted.float().abs().max()), f"{name}: off by {difference}"
 
 
 def same(ours, definition, name):
@@ -169,6 +208,23 @@ def test_kernels_compile_ahead_of_time_without_spills(architecture, tmp_path, re
             name = f"{kernel.__name__}, sm_{architecture}, {tokens} tokens"
             record_property(name, registers)
             assert spilled == 0, f"{name}: {spilled} bytes of spills"
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("bits", "by_channel"), [((8, 4), False), ((4, 2), True), ((2, 16), False)])
+def test_attention_compiles_ahead_of_time_without_spills(architecture, bits, by_channel, tmp_path, record_property):
+    pointers = {"q": "*bf16", "mask": "*u8", "out": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scaling": "fp32"}
+    for side in "kv":
+        pointers |= {f"{side}_codes": "*u8", f"{side}_dense": "*bf16"}
+        pointers |= {f"{side}_{name}": "*fp16" for name in ("scale", "minimum")}
+    kernel = kv_gpu.kv_attention_kernel
+    constants = {"K_BITS": bits[0], "V_BITS": bits[1], "K_BY_CHANNEL": by_channel, "K_DENSE": by_channel}
+    constants |= {"V_DENSE": bits[1] == 16, "MASKED": True, "HEADS": 16, "SIZE": 128, "TILE": kv_gpu.TOKENS}
+    sizes = {name: "i32" for name in kernel.arg_names if name not in pointers and name not in constants}
+    signature = {name: (pointers | sizes).get(name, "constexpr") for name in kernel.arg_names}
+    registers, spilled = compile_kernel(kernel, signature, constants, kv_gpu.WARPS, 2, architecture, tmp_path)
+    record_property(f"kv_attention K{bits[0]}V{bits[1]}, sm_{architecture}", registers)
+    assert spilled == 0, f"{spilled} bytes of spills, {registers} registers"
 
 
 if __name__ == "__main__":
