@@ -1,10 +1,11 @@
-"""Speed in one run: kernels against torch's dense linear, and a 1 B model end to end. `make bench`, or
+"""Speed in one run: kernels against torch's own, and a 1 B model end to end. `make bench`, or
 
-python -m zoo.bench [--quick] [--output runs/bench.json]
+python -m zoo.bench [--quick] [--only PART] [--output runs/bench.json]
 
 Rivals take turns within each round and medians are compared, so that a busy machine slows all alike. Weights rotate
-through copies that together exceed the last-level cache. `fraction_of_bound` is bytes / read bandwidth / time, with the
-bandwidth of a sum over 128 MiB that takes its turn among the rivals; a kernel that reads better than the sum exceeds 1.
+through copies that together exceed the last-level cache, and two rivals of a round never read the same copy.
+`fraction_of_bound` is bytes / read bandwidth / time, with the bandwidth of a sum over 128 MiB that takes its turn among
+the rivals; a kernel that reads better than the sum exceeds 1.
 """
 
 from __future__ import annotations
@@ -22,18 +23,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from .kernels.armor_linear import armor_linear
 from .kernels.bitmask_linear import bitmask_linear
 from .kernels.bitmask_linear.reference import pack_bitmask
 from .kernels.block_diagonal_linear import block_diagonal_linear
 from .kernels.build import LEVELS, level
+from .kernels.kv_attention import Part, kv_attention, quantize_channels, quantize_tokens
+from .kernels.kv_attention.reference import dequantize
 from .kernels.packed_linear import packed_linear
 from .layers.packing import pack_linears
 
 SHAPES = [(4096, 4096), (11008, 4096)]
 BLOCK = 64
 GROUP = 128
+KINDS = ("dense_bf16", "dense_fp32", "armor", "packed_4", "packed_8")
+KV_SHAPE = (8, 4, 128)  # key heads, query heads of each, numbers of a head
+KV_FORMATS = [  # name, (key bits, value bits), keys by channel
+    ("kv_attention KV8", (8, 8), False),
+    ("kv_attention KV4", (4, 4), False),
+    ("kv_attention K4V2", (4, 2), False),
+    ("kv_attention KV2", (2, 2), False),
+    ("kv_attention KIVI 4", (4, 4), True),
+    ("kv_attention KIVI 2", (2, 2), True),
+]
+KV_BATCHES = [(1, 8192), (1, 32768), (8, 8192)]
 CACHE_BYTES = 128 << 20  # more than any last-level cache the copies could hide in
 READ_BYTES = 128 << 20
 ONE_B = LlamaConfig(  # random weights, 1.0 B parameters
@@ -84,12 +100,16 @@ def bench_kernels(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]
     x = torch.randn(batch, d_in)
     x16 = x.bfloat16()
     linear = nn.functional.linear
+
+    def armor(i: int) -> Tensor:
+        return armor_linear(x16, wrap_in[i % copies], *packed[i % copies], wrap_out[i % copies])
+
     seconds, bandwidth = rounds(
         {
             "torch bf16": lambda i: linear(x16, dense16[i % copies]),
             "torch fp32": lambda i: linear(x, dense[i % copies]),
             "bitmask_linear": lambda i: bitmask_linear(x16, *packed[i % copies]),
-            "armor_linear": lambda i: armor_linear(x16, wrap_in[i % copies], *packed[i % copies], wrap_out[i % copies]),
+            "armor_linear": lambda i: armor(i + copies // 2),  # not the weights that were just read
             "block_diagonal_linear": lambda i: block_diagonal_linear(x16, wrap_in[i % copies]),
         },
         repeats,
@@ -147,7 +167,8 @@ def bench_packed(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]:
     linear = nn.functional.linear
 
     def run(bits: int, int8: bool) -> Callable[[int], object]:
-        return lambda i: packed_linear(x16, *packed[bits][i % copies], bits=bits, group_size=GROUP, int8=int8)
+        apart = copies // 2 if int8 else 0  # not the weights that were just read
+        return lambda i: packed_linear(x16, *packed[bits][(i + apart) % copies], bits=bits, group_size=GROUP, int8=int8)
 
     rivals = {
         "torch bf16": lambda i: linear(x16, dense16[i % copies]),
@@ -170,13 +191,66 @@ def bench_packed(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]:
     return rows_of(sizes, d_out, d_in, batch, seconds, bandwidth)
 
 
+def bench_attention(batch: int, tokens: int, repeats: int) -> list[dict]:
+    """Rows for kv_attention: one decoded token of 32 query heads over 8 key heads of 128, q in bf16, per pair of widths and
+    mode. Peers: torch's attention over a bf16 and an fp32 cache, dequantising everything and then torch's, and one step
+    of transformers' own quantised caches (dequantising, appending, torch's attention), where their packages are there.
+    """
+    kv_heads, ratio, size = KV_SHAPE
+    copies = max(2, -(-CACHE_BYTES // (batch * kv_heads * tokens * size)))
+    states = [[torch.randn(batch, kv_heads, tokens, size).bfloat16() for _ in range(2)] for _ in range(2)]
+    states32 = [[x.float() for x in pair] for pair in states[:1]]
+    q = torch.randn(batch, kv_heads * ratio, size).bfloat16()
+    grouped = q.view(batch, kv_heads, ratio, size)
+    attention = nn.functional.scaled_dot_product_attention
+
+    def stored(x: Tensor, bits: int, channels: bool, values: bool) -> Part:
+        if channels and not values:
+            return Part(*quantize_channels(x, bits, 32), None, bits)
+        return Part(*quantize_tokens(x, bits, 32 if channels else -1), None, bits)
+
+    packed = {}
+    for name, (k_bits, v_bits), channels in KV_FORMATS:
+        k, v = states[0]
+        first = stored(k, k_bits, channels, False), stored(v, v_bits, channels, True)
+        clone = [Part(*(t.clone() for t in part[:3]), None, part.bits) for part in first for _ in range(copies - 1)]
+        packed[name] = [first, *zip(clone[: copies - 1], clone[copies - 1 :], strict=True)]
+
+    def dequantised(i: int) -> Tensor:
+        pair = packed["kv_attention KV4"][(i + copies // 2) % copies]
+        return attention(grouped, *(dequantize(part).bfloat16() for part in pair))
+
+    rivals = {
+        "torch bf16": lambda i: attention(grouped, *states[i % 2]),
+        "torch fp32": lambda i: attention(grouped.float(), *states32[0]),
+        "dequantise + torch": dequantised,
+    }
+    for backend, available in (("quanto", is_optimum_quanto_available()), ("hqq", is_hqq_available())):
+        if available:
+            layer = (QuantoQuantizedLayer if backend == "quanto" else HQQQuantizedLayer)(nbits=4, q_group_size=64)
+            layer.update(*states[0])
+            token = [x[:, :, :1] for x in states[0]]
+            rivals[f"transformers {backend} 4 bits"] = lambda i, layer=layer, token=token: attention(
+                grouped, *layer.update(*token)
+            )
+    seconds, bandwidth = rounds(
+        rivals | {name: lambda i, pairs=pairs: kv_attention(q, *pairs[i % copies]) for name, pairs in packed.items()},
+        repeats,
+    )
+    sizes = {name: sum(t.nbytes for part in pairs[0] for t in part[:3]) for name, pairs in packed.items()}
+    return rows_of(sizes, kv_heads * ratio, tokens, batch, seconds, bandwidth)
+
+
 def build_model(kind: str) -> nn.Module:
-    """A random LLaMA-shaped model of 1 B parameters: dense_bf16, dense_fp32, or armor with random 2:4 cores."""
+    """A random LLaMA-shaped model of 1 B parameters: dense_bf16, dense_fp32, armor with random 2:4 cores, or packed_4 and
+    packed_8 with random codes of so many bits in groups of 128 (the head stays bf16)."""
     dtype = torch.float32 if kind == "dense_fp32" else torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ONE_B, dtype=dtype)
-        if kind == "armor":
+        if not kind.startswith("dense"):
             spec = {"format": "armor", "block_in": BLOCK, "block_out": BLOCK, "pattern": [2, 4]}
+            if kind != "armor":
+                spec = {"format": "packed", "bits": int(kind[-1]), "group_size": GROUP, "zeros": "integer"}
             linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
             pack_linears(model, dict.fromkeys(linears, spec))
     rotary = type(model.model.rotary_emb)(ONE_B)
@@ -188,6 +262,10 @@ def build_model(kind: str) -> nn.Module:
             module.reset_parameters()
             module.core_values.copy_(values * 0.02)
             module.core_mask.copy_(mask)
+        elif hasattr(module, "qweight"):
+            module.qweight.copy_(torch.randint(0, 256, module.qweight.shape, dtype=torch.uint8))
+            module.scales.fill_(0.04 / 2**module.bits)
+            module.zeros.fill_(2 ** (module.bits - 1))
         else:
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
@@ -213,7 +291,7 @@ def run_model(kind: str, new_tokens: int, repeats: int) -> dict:
     return {
         "decode": statistics.median(decode),
         "prefill": statistics.median(prefill),
-        "bytes": sum(t.nbytes for t in model.parameters()),
+        "bytes": sum(t.nbytes for t in model.parameters()),  # the embedding, of which a row is read, included
         "peak_rss": peak,
         "read_bandwidth": rounds({}, 10)[1],
     }
@@ -230,31 +308,32 @@ def peak_memory() -> int:
 
 def bench_model(quick: bool) -> list[dict]:
     """The end-to-end rows; every kind runs in a process of its own, twice in turn, and the better half counts."""
-    kinds = ("dense_bf16", "dense_fp32", "armor")
-    runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    runs: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for _ in range(1 if quick else 2):
-        for kind in kinds:
+        for kind in KINDS:
             command = [sys.executable, "-m", "zoo.bench", "--model", kind, "--tokens", "8" if quick else "24"]
             runs[kind].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     best = {kind: min(results, key=lambda r: r["decode"]) for kind, results in runs.items()}
     prefill = {kind: min(r["prefill"] for r in results) for kind, results in runs.items()}
     rows = []
-    for phase, seconds in (("decode", {k: r["decode"] for k, r in best.items()}), ("prefill", prefill)):
-        rows.append(
-            {
-                "op": f"1 B model, {phase}",
-                "shape": [ONE_B.num_hidden_layers, ONE_B.hidden_size, ONE_B.intermediate_size],
-                "dtype": "bfloat16",
-                "batch": 1 if phase == "decode" else 512,
-                "seconds": seconds["armor"],
-                "bytes": best["armor"]["bytes"],
-                "read_bandwidth": best["armor"]["read_bandwidth"],
-                "fraction_of_bound": best["armor"]["bytes"] / best["armor"]["read_bandwidth"] / seconds["armor"],
-                "ratio_to": {kind: seconds[kind] / seconds["armor"] for kind in kinds[:2]},
-                "tokens_per_second": {kind: (1 if phase == "decode" else 512) / seconds[kind] for kind in kinds},
-                "peak_rss_bytes": {kind: best[kind]["peak_rss"] for kind in kinds},
-            }
-        )
+    for phase, tokens, seconds in (("decode", 1, {k: r["decode"] for k, r in best.items()}), ("prefill", 512, prefill)):
+        for kind in KINDS[2:]:
+            found = best[kind]
+            rows.append(
+                {
+                    "op": f"1 B model, {kind}, {phase}",
+                    "shape": [ONE_B.num_hidden_layers, ONE_B.hidden_size, ONE_B.intermediate_size],
+                    "dtype": "bfloat16",
+                    "batch": tokens,
+                    "seconds": seconds[kind],
+                    "bytes": found["bytes"],
+                    "read_bandwidth": found["read_bandwidth"],
+                    "fraction_of_bound": found["bytes"] / found["read_bandwidth"] / seconds[kind],
+                    "ratio_to": {dense: seconds[dense] / seconds[kind] for dense in KINDS[:2]},
+                    "tokens_per_second": {k: tokens / seconds[k] for k in (kind, *KINDS[:2])},
+                    "peak_rss_bytes": {k: best[k]["peak_rss"] for k in (kind, *KINDS[:2])},
+                }
+            )
     return rows
 
 
@@ -262,7 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats: figures are rough")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
-    parser.add_argument("--model", choices=["dense_bf16", "dense_fp32", "armor"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["linear", "attention", "model"], help="one part (default: all)")
+    parser.add_argument("--model", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=24, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.model:
@@ -271,17 +351,27 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, {LEVELS[level()]}")
     print(f"{'op':32}{'shape':>14}{'batch':>7}{'GB/s':>7}{'of bound':>10}   speed against its peers")
     rows = []
-    for d_out, d_in in SHAPES:
-        for batch in (1, 8, 512):
-            repeats = 3 if flags.quick else 40 if batch < 512 else 7
-            for bench in (bench_kernels, bench_packed):
-                found = bench(d_out, d_in, batch, repeats)
-                show(found)
-                rows += found
-    rows += bench_model(flags.quick)
-    show(rows[-2:])
-    for kind, peak in rows[-1]["peak_rss_bytes"].items():
-        print(f"peak memory {kind}: {peak / 2**30:.2f} GiB")
+
+    def add(found: list[dict]) -> None:
+        show(found)
+        rows.extend(found)
+
+    if flags.only in (None, "linear"):
+        for d_out, d_in in SHAPES:
+            for batch in (1, 8, 512):
+                repeats = 3 if flags.quick else 40 if batch < 512 else 7
+                add(bench_kernels(d_out, d_in, batch, repeats))
+                add(bench_packed(d_out, d_in, batch, repeats))
+    if flags.only in (None, "attention"):
+        for batch, tokens in KV_BATCHES:
+            add(bench_attention(batch, tokens, 3 if flags.quick else 15))
+    if flags.only in (None, "model"):
+        add(bench_model(flags.quick))
+        for row in rows[-2 * len(KINDS[2:]) :]:
+            if "decode" in row["op"]:
+                speeds = "  ".join(f"{kind} {speed:.1f} tokens/s" for kind, speed in row["tokens_per_second"].items())
+                peaks = "  ".join(f"{kind} {peak / 2**30:.2f} GiB" for kind, peak in row["peak_rss_bytes"].items())
+                print(f"{speeds}; peak memory {peaks}")
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(json.dumps(rows, indent=1) + "\n")
     print(flags.output)
