@@ -69,7 +69,7 @@ from recipes.common.kv_tables import (
     parse_pairs,
     read_table,
 )
-from recipes.common.layerwise import EVALUATION_TEXTS, load_fp32
+from recipes.common.layerwise import EVALUATION_TEXTS, held_out_windows, load_fp32
 from recipes.common.retrieval import hidden_codes
 from recipes.common.runner import Recipe, World, cached_json, check_resources, open_state, pin_inputs, world
 from zoo.checkpoint import write_checkpoint
@@ -453,6 +453,7 @@ class KVTuner(Recipe):
                 settings={"kv_cache_quantization": self.cache_config(first, text)},
             )
         texts = {name: load_text(name) for name in EVALUATION_TEXTS}
+        windows = held_out_windows(texts, tokenizer, self.settings())
         items = hidden_codes(tokenizer, self.retrieval_items, self.retrieval_tokens)
         reference = None
 
@@ -463,7 +464,7 @@ class KVTuner(Recipe):
                 if reference is None:
                     reference = log_probabilities(model, first["held"])
                 with quantised_cache(model, table, form) if table else nullcontext():
-                    metrics = measure_cache(model, tokenizer, texts, items, self.settings())
+                    metrics = measure_cache(model, tokenizer, windows, items, self.settings())
                     return {"metrics": metrics, "kl": mean_kl(model, first["held"], reference)}
 
             return cached_json(state / "measured" / f"{key}.json", make)

@@ -6,22 +6,22 @@ import statistics
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from recipes.common.data import Text, load_text
+from recipes.common.data import load_text
 from recipes.common.evaluation import compare_speed, metric, ratio
 from recipes.common.kv_simulation import quantised_cache
 from recipes.common.kv_tables import CacheFormat
-from recipes.common.layerwise import EVALUATION_TEXTS, load_fp32, measure_model
+from recipes.common.layerwise import EVALUATION_TEXTS, held_out_windows, load_fp32, measure_model
 from recipes.common.retrieval import Item, hidden_codes, retrieval
 
 
 def measure_cache(
-    model: nn.Module, tokenizer, texts: dict[str, Text], items: list[Item], settings: dict
+    model: nn.Module, tokenizer, windows: dict[str, Tensor], items: list[Item], settings: dict
 ) -> dict[str, dict]:
     """The metrics that a report claims, of the model as it is now: held-out texts, tasks, codes in long prompts."""
-    return measure_model(model, tokenizer, texts, settings) | (retrieval(model, items) if items else {})
+    return measure_model(model, tokenizer, windows, settings) | (retrieval(model, items) if items else {})
 
 
 def remeasure(folder: Path, report: dict) -> dict[str, dict]:
@@ -29,10 +29,10 @@ def remeasure(folder: Path, report: dict) -> dict[str, dict]:
     config = AutoConfig.from_pretrained(folder).kv_cache_quantization
     form = CacheFormat(config["mode"], config["group_size"], config["residual_length"])
     model, tokenizer, settings = load_fp32(folder).eval(), AutoTokenizer.from_pretrained(folder), report["config"]
-    texts = {name: load_text(name) for name in EVALUATION_TEXTS}
+    windows = held_out_windows({name: load_text(name) for name in EVALUATION_TEXTS}, tokenizer, settings)
     items = hidden_codes(tokenizer, settings["retrieval_items"], settings["retrieval_tokens"])
     with quantised_cache(model, tuple(map(tuple, config["layers"])), form):
-        return measure_cache(model, tokenizer, texts, items, settings)
+        return measure_cache(model, tokenizer, windows, items, settings)
 
 
 def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:

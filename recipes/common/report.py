@@ -69,7 +69,7 @@ def build(
         baseline_layers: {baseline: rows like `layers`}, how its matrices would be packed ("block_out" = "block_in" = r
             stands for a correction of rank r); gives the baselines their place in the plot.
         samples: [{"prompt", "dense", "compressed"}], greedy generations.
-        findings: what else the method found out: "importance", "curves", more "notes" (see report_schema.py).
+        findings: what else the method found out: "importance", "curves", "cache", more "notes" (see report_schema.py).
     """
     evaluation = {
         name: text_row(text, windows=dense[f"perplexity/{name}"]["n"], seqlen=recipe.eval_seqlen)
@@ -227,6 +227,13 @@ def render_table(report: dict) -> str:
         f"size: {format_bytes(size['compressed_bytes'])} of {format_bytes(size['dense_bytes'])} dense "
         f"({100 * size['compressed_bytes'] / size['dense_bytes']:.1f} %)",
     ]
+    if cache := report.get("cache"):
+        dense_bytes, own = cache["dense_bytes_per_token"], cache["models"][method_name(report)]
+        lines.append(
+            f"KV cache: {own['bytes_per_token']:,} of {dense_bytes:,} bytes a token"
+            f" ({100 * own['bytes_per_token'] / dense_bytes:.1f} %), {own['equivalent_bits']:.2f} bits, with scales"
+            f" {own['effective_bits']:.2f}"
+        )
     for phase, ratios in report["speed"].items():
         shown = (f"{format_metric(m)} of {rival_name(rival)}" for rival, m in ratios.items())
         lines.append(f"speed, {phase}: {', '.join(shown)}")
