@@ -253,7 +253,8 @@ class KVTuner(Recipe):
             raise UserError(
                 f"--load-table {self.load_table}: it has {len(self.loaded)} layers, {self.model} has {self.layers}."
             )
-        for name in ("seqlen", "eval_seqlen", "retrieval_tokens", "speed_tokens"):
+        used = ("seqlen", "eval_seqlen", "speed_tokens", *(["retrieval_tokens"] if self.retrieval_items else []))
+        for name in used:
             if getattr(self, name) > config.max_position_embeddings:
                 raise UserError(
                     f"--{name} {getattr(self, name)}: {self.model} takes {config.max_position_embeddings} tokens at most."

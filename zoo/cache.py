@@ -81,8 +81,8 @@ def check_table(config, table: dict) -> tuple[Format, list[tuple[int, int]]]:
         if not isinstance(residual, int) or residual < group or residual % group:
             raise UserError(f"{name}.residual_length {residual}: mode kivi needs a multiple of group_size {group}.")
     kinds, rows = layer_types(config), table.get("layers")
-    if not isinstance(rows, list) or len(rows) != len(kinds):
-        found = len(rows) if isinstance(rows, list) else rows
+    if not isinstance(rows, list | tuple) or len(rows) != len(kinds):
+        found = len(rows) if isinstance(rows, list | tuple) else rows
         raise UserError(f"{name}.layers: one pair for each of the model's {len(kinds)} layers is needed, not {found}.")
     pairs = []
     for index, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
