@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, check_finite, open_tensors, resolve_model
@@ -72,7 +72,7 @@ from recipes.common.kv_tables import (
 from recipes.common.layerwise import EVALUATION_TEXTS, held_out_windows, load_fp32
 from recipes.common.retrieval import hidden_codes
 from recipes.common.runner import Recipe, World, cached_json, check_resources, open_state, pin_inputs, world
-from zoo.checkpoint import write_checkpoint
+from zoo.checkpoint import load_compression, write_checkpoint
 from zoo.errors import UserError
 from zoo.hub import publish
 from zoo.models import slim_class_for
@@ -386,7 +386,7 @@ class KVTuner(Recipe):
 
     def run(self) -> Path:
         processes = world(self.device)
-        base = resolve_model(self.model, self.revision)
+        base = resolve_model(self.model, self.revision, compressed=True)
         slim_class_for(base.model_type)  # a family that no checkpoint can be written for is refused now, not at the end
         self.check_model(base)
         if self.tasks != ["none"]:
@@ -494,7 +494,7 @@ class KVTuner(Recipe):
             baselines={name: [over_runs([run["metrics"] for run in found])] for name, found in runs.items()},
             speed=speed,
             folder=folder,
-            layers=[],
+            layers=packed_layers(folder),
             seconds=time.time() - (state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
             seeds=seeds,
             findings={
@@ -610,9 +610,23 @@ def load_objective(name: str) -> Callable:
 
 
 def stored_dtype(base: Path) -> torch.dtype:
-    """The dtype of the base's weights, which are copied as they are."""
+    """The dtype of the base's weights, or of what is not packed of them; all are copied as they are."""
     tensors = open_tensors(base)
-    return tensors.get(next(iter(tensors))).dtype
+    return next(t.dtype for t in map(tensors.get, tensors) if t.is_floating_point())
+
+
+def packed_layers(folder: Path) -> list[dict]:
+    """`layers` of the report: what was packed already in the base that the table was searched for."""
+    compression = load_compression(folder)
+    losses = compression.get("proxy_loss", {})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    rows = []
+    for name, spec in compression["modules"].items():
+        linear, (first, final) = model.get_submodule(name), losses.get(name) or (None, None)
+        shape = {"d_out": linear.out_features, "d_in": linear.in_features}
+        rows.append({"name": name, **spec, **shape, "loss_init": first, "loss_final": final, "output_error": None})
+    return rows
 
 
 def singles(candidates: list[tuple[Pair, ...]]) -> list[Group]:

@@ -61,7 +61,8 @@ def write_checkpoint(
 
     Args:
         output: the folder to make; it may exist if it is empty.
-        base: folder of the base model: config.json, safetensors, tokenizer files.
+        base: folder of the base model: config.json, safetensors, tokenizer files; with `settings` and no modules, it may
+            be a compressed checkpoint, whose weights then stay packed as they are.
         compression: the `compression_config`; its "modules" say which linears are packed, and how.
         tensors: (name, tensor) of the packed tensors, in any order, read once. Everything else, biases of packed
             linears included, is copied from the base; tied embeddings stay as the base stores them.
@@ -239,7 +240,11 @@ def _slim_config(base: Path, compression: dict, dtype: torch.dtype, more: dict):
     settings = _read_config(base) | more
     if settings.get("quantization_config"):
         raise UserError(f"{base} is quantized already: an unquantized base model is needed.")
-    model_class = slim_class_for(settings.pop("model_type", None))
+    model_type, packed = settings.pop("model_type", None), settings.pop("compression_config", None)
+    if packed and (compression.get("modules") or not more):
+        raise UserError(f"{base} is compressed already: the dense model it was made from is needed.")
+    compression = packed or compression
+    model_class = slim_class_for(model_type.removeprefix("slim_") if packed else model_type)
     for key in ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"):
         settings.pop(key, None)
     if not compression.get("modules") and not more:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig
 
 from .card import render_card
 from .checkpoint import load_compression, read_checkpoint_sizes
@@ -107,7 +108,7 @@ def check_files(folder: Path, report: dict) -> Iterator[str]:
 
 
 def check_config(folder: Path, report: dict) -> Iterator[str]:
-    """config.json and recipe.yaml say what the report says: modules, formats, proxy losses, settings."""
+    """config.json and recipe.yaml say what the report says: modules, formats, proxy losses, cache, settings."""
     compression = load_compression(folder)
     modules, losses = compression["modules"], compression.get("proxy_loss", {})
     rows = {row["name"]: row for row in report["layers"]}
@@ -121,6 +122,11 @@ def check_config(folder: Path, report: dict) -> Iterator[str]:
         claimed = None if row["loss_init"] is None else [row["loss_init"], row["loss_final"]]
         if losses.get(name) != claimed:
             yield f"{name}: proxy loss is {losses.get(name)} in config.json and {claimed} in the report"
+    table = getattr(AutoConfig.from_pretrained(folder), "kv_cache_quantization", None) or {}
+    claimed = report.get("cache", {})
+    for key in ("mode", "group_size", "residual_length", "layers"):
+        if table.get(key) != claimed.get(key):
+            yield f"kv_cache_quantization: {key} is {table.get(key)} in config.json and {claimed.get(key)} in the report"
     if yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) != report["config"]:
         yield "recipe.yaml differs from the settings in the report"
 

@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from recipes.common.assets import ASSETS, asset_path, cache_folder
-from zoo.checkpoint import atomic_folder
+from zoo.checkpoint import atomic_folder, read_checkpoint_sizes
 from zoo.errors import UserError
 
 # Of a Hub repository only the top folder's weights, config, tokenizer and card; never pickles, code or other formats.
@@ -53,12 +53,13 @@ class BaseModel:
     notes: tuple[str, ...] = ()  # what a reader of the report must know about these weights
 
 
-def resolve_model(model: str, revision: str | None = None) -> BaseModel:
+def resolve_model(model: str, revision: str | None = None, *, compressed: bool = False) -> BaseModel:
     """The base model as a local folder of dense safetensors; no weight is loaded, all of them are hashed.
 
     Args:
         model: an alias of `ALIASES` (converted once and cached), a folder, or a Hub id (downloaded and cached).
         revision: branch, tag or commit; for a Hub id only.
+        compressed: a checkpoint of this zoo will do too, for methods that leave the weights as they are.
 
     Raises:
         UserError: nothing of that name can be reached; the weights are not safetensors, damaged, incomplete, quantised
@@ -73,9 +74,9 @@ def resolve_model(model: str, revision: str | None = None) -> BaseModel:
         folder = _make_once(cache_folder("models") / model, make)
         return _describe(folder, "HuggingFaceTB/SmolLM2-135M-Instruct", asset.package, asset.license, notes)
     if folder.is_dir():
-        return _describe(folder, folder.resolve().name, None)
+        return _describe(folder, folder.resolve().name, None, compressed=compressed)
     folder = _download(model, revision)
-    return _describe(folder, model, folder.name)
+    return _describe(folder, model, folder.name, compressed=compressed)
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -99,7 +100,12 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _describe(
-    folder: Path, name: str, revision: str | None, license: str | None = None, notes: tuple[str, ...] = ()
+    folder: Path,
+    name: str,
+    revision: str | None,
+    license: str | None = None,
+    notes: tuple[str, ...] = (),
+    compressed: bool = False,
 ) -> BaseModel:
     """Reads what there is to know of a model folder, and refuses what no recipe can start from."""
     try:
@@ -107,12 +113,15 @@ def _describe(
         model_type = config.get("model_type")
     except (OSError, ValueError, AttributeError):
         raise UserError(f"--model {name}: {folder} has no readable config.json; name a model folder.") from None
-    if "compression_config" in config:
+    packed = "compression_config" in config
+    if packed and not compressed:
         raise UserError(
             f"--model {name}: it is a compressed checkpoint already; name the dense model it was made from."
         )
     if "quantization_config" in config:
         raise UserError(f"--model {name}: its weights are quantised; name the dense model it was made from.")
+    if packed:
+        model_type = model_type.removeprefix("slim_")
     if model_type not in CONFIG_MAPPING:
         raise UserError(
             f"--model {name}: model_type {model_type!r} is unknown to this transformers; update it or name another"
@@ -120,6 +129,8 @@ def _describe(
         )
     tensors = open_tensors(folder)
     parameters = sum(math.prod(tensors.shape(key)) for key in tensors)
+    if packed:
+        parameters = read_checkpoint_sizes(folder)["parameters"]
     return BaseModel(
         name, folder, revision, _hash(tensors.files), parameters, license or _license(folder), model_type, notes
     )

@@ -16,10 +16,11 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
-from tiny_models import make_base
+from tiny_models import Packing, make_base
 
 import zoo  # noqa: F401
 from recipes.common.kv_allocation import (
@@ -492,6 +493,13 @@ def test_end_to_end(base, finished):
     assert "plots/cache_bits.png" in card and (output / "plots" / "cache_front.png").exists()
     honest = run([sys.executable, "-m", "recipes", "verify", str(output)])
     assert honest.returncode == 0, honest.stdout + honest.stderr
+    config = json.loads((output / "config.json").read_text())
+    for changed, said in (({"layers": [[8, 8]] * 4}, "layers is"), ({"mode": "kivi"}, "mode is")):
+        wrong = config | {"kv_cache_quantization": table | changed}
+        (output / "config.json").write_text(json.dumps(wrong))
+        caught = run([sys.executable, "-m", "recipes", "verify", "--static", str(output)])
+        assert caught.returncode == 1 and said in caught.stdout
+    (output / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, tensor in dense.state_dict().items():
@@ -501,6 +509,25 @@ def test_end_to_end(base, finished):
     assert out.past_key_values.nbytes / 3 / 11 == pytest.approx(
         report["cache"]["models"]["kvtuner"]["bytes_per_token"], rel=0.01
     )
+
+
+def test_packed_weights_and_packed_cache_stack(tmp_path_factory, tmp_path):
+    """From a checkpoint with packed bits: its weights stay packed, byte for byte, and the cache comes on top."""
+    root = tmp_path_factory.mktemp("stack")
+    (root / "calibration.txt").write_text(WORDS * 60)
+    packed = Packing(make_base(root / "dense", "llama", head_dim=32), (4, 3)).write(root / "packed")
+    output = tmp_path / "kv"
+    process = run(command(packed, output, "--baselines", "KV4"))
+    assert process.returncode == 0, process.stderr
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (output, packed))
+    assert config["compression_config"] == before["compression_config"] and config["kv_cache_quantization"]["layers"]
+    tensors = [load_file(folder / "model.safetensors") for folder in (output, packed)]
+    assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+    model = AutoModelForCausalLM.from_pretrained(output)
+    out = model.generate(IDS[:, :8], max_new_tokens=4, return_dict_in_generate=True)
+    assert type(out.past_key_values).__name__ == "KVTunerCache" and "qweight" in str(list(tensors[0]))
+    honest = run([sys.executable, "-m", "recipes", "verify", str(output)])
+    assert honest.returncode == 0, honest.stdout + honest.stderr
 
 
 def test_killed_and_resumed_gives_the_same_table(base, finished, tmp_path):
