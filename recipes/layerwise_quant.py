@@ -90,7 +90,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         default_factory=list, metadata={"help": "blocks that stay at the high width: first, last, or numbers from 0"}
     )
     curve_points: int = field(
-        default=4, metadata={"help": "points of each order's curve of quality against bits, besides its ends; 0 = none"}
+        default=2, metadata={"help": "points of each order's curve of quality against bits, besides its ends; 0 = none"}
     )
 
     method = "layerwise-quant"

@@ -1,0 +1,84 @@
+"""A Space served on loopback, and a browser to look at it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "zoo"))
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+@contextmanager
+def served(name: str, folder: Path, *arguments: str) -> Iterator[str]:
+    """The URL of spaces/<name>, started offline on the checkpoint `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | OFFLINE | {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    command = [sys.executable, f"spaces/{name}/app.py", "--checkpoint", str(folder), *arguments]
+    log = (folder.parent / "log").open("w")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, (folder.parent / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def made(recipe: str, base: Path, output: Path, *flags: str) -> Path:
+    """A checkpoint made from a tiny base by the recipe's own command."""
+    text = base.parent / "calibration.txt"
+    text.write_text("a quick test of how the recipe runs from start to end with some plain words " * 60)
+    command = [
+        sys.executable,
+        "-m",
+        "recipes",
+        recipe,
+        "--model",
+        base,
+        "--calibration",
+        text,
+        "--output",
+        output,
+        *flags,
+    ]
+    process = subprocess.run([*map(str, command)], env=os.environ | OFFLINE, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "the test needs a Chromium browser: install Debian's package chromium"
+    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, space):
+    page = browser.new_page(viewport={"width": 1200, "height": 1400})
+    page.goto(space)
+    yield page
+    page.close()

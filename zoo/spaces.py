@@ -1,0 +1,105 @@
+"""What the Spaces share: where models come from, decoding two of them in turn with a clock each, bytes in memory."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+MAX_PROMPT = 2000  # characters
+MAX_NEW_TOKENS = 256
+
+
+def find_checkpoint(name: str | None, local: Path, hub_id: str) -> Path:
+    """The folder of a checkpoint: as named (folder or Hub id) or by $SLIMZOO_CHECKPOINT, else `local`, else the Hub's."""
+    name = name or os.environ.get("SLIMZOO_CHECKPOINT") or (str(local) if local.exists() else hub_id)
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+
+
+def find_dense(name: str | None, report: dict) -> str:
+    """The base model: as named or by $SLIMZOO_DENSE, else the very weights of the recipe's run, else the report's Hub id."""
+    name = name or os.environ.get("SLIMZOO_DENSE")
+    if name:
+        return name
+    try:
+        from recipes.common.base_models import resolve_model
+    except ImportError:
+        return report["base_model"]["id"]
+    return str(resolve_model(report["config"]["model"], report["config"].get("revision"), compressed=True).path)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters and buffers in memory, tied weights once."""
+    tensors = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+
+
+def encode_chat(tokenizer, prompt: str) -> torch.Tensor:
+    """Token ids (1, T) of one message of a user, in the model's chat template if it has one."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
+
+
+class Decoder:
+    """Greedy or sampled decoding of one model, a token per call, with its own clock; by default on a DynamicCache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        ids: torch.Tensor,
+        temperature: float = 0.0,
+        seed: int = 0,
+        cache: Cache | None = None,
+    ):
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self.next_input, self.tokens, self.seconds, self.done = ids, [], 0.0, False
+        self.first_seconds = 0.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        if self.done:
+            return
+        begin = time.perf_counter()
+        logits = self.model(self.next_input, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        if self.temperature > 0:
+            probabilities = torch.softmax(logits.float() / self.temperature, -1)
+            token = torch.multinomial(probabilities, 1, generator=self.generator)
+        else:
+            token = logits.argmax().view(1)
+        elapsed = time.perf_counter() - begin
+        if self.tokens:
+            self.seconds += elapsed
+        else:
+            self.first_seconds = elapsed
+        self.done = token.item() == self.tokenizer.eos_token_id
+        if not self.done:
+            self.tokens.append(token.item())
+            self.next_input = token.view(1, 1)
+
+    @property
+    def text(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+    def figures(self) -> str:
+        """Speed and bytes so far, as Markdown."""
+        speed = f"{(len(self.tokens) - 1) / self.seconds:.1f} tokens/s" if self.seconds else "…"
+        return (
+            f"**{speed}** after the first · prompt in {self.first_seconds:.2f} s · "
+            f"**{weight_bytes(self.model) / 1e6:.0f} MB** weights + **{cache_bytes(self.cache) / 1e6:.2f} MB** cache"
+        )
