@@ -549,22 +549,22 @@ def refit(
     """
     if H is None:
         raise UserError("--refit needs full Hessians, which this calibration did not collect; use --refit none.")
-    H = H.clone()  # the largest tensor here: at d_in = 11008 half a gigabyte, so the rest is done in place
-    H.diagonal().add_(DAMPING * H.diagonal().mean())
-    WH = W @ H
+    # H is the largest tensor here, half a gigabyte at d_in = 11008: its damping is added to what it is multiplied with.
+    damping = DAMPING * H.diagonal().mean().item()
+    WH = (W @ H).add_(W, alpha=damping)
     P = right(S, B)
     P_blocks = P.view(len(A), A.shape[1], -1)
-    gram = P_blocks @ (P @ H).view_as(P_blocks).transpose(1, 2)
+    gram = P_blocks @ (P @ H).add_(P, alpha=damping).view_as(P_blocks).transpose(1, 2)
     target = WH.view_as(P_blocks) @ P_blocks.transpose(1, 2)
     del P, P_blocks
     A = solve_psd((gram + gram.transpose(1, 2)) / 2, target.transpose(1, 2), A.transpose(1, 2)).transpose(1, 2)
     A = A.contiguous()
     if what == "A":
         return A, S
-    HBt = right(H, B.transpose(1, 2))  # H B^T
-    del H
-    Q = left(B, HBt)  # B H B^T
-    del HBt
+    Q = right(H, B.transpose(1, 2))  # H B^T, and row by row of blocks B H B^T
+    for n, (block, rows) in enumerate(zip(B, Q.split(B.shape[1]), strict=True)):
+        rows[:, n * len(block) : (n + 1) * len(block)].add_(block.T, alpha=damping)
+        rows.copy_(block @ rows)
     AtA = A.transpose(1, 2) @ A
     diagonal = AtA.diagonal(dim1=1, dim2=2).reshape(-1, 1) * Q.diagonal()
     inverse_diagonal = M / diagonal.clamp_min(1e-30)
