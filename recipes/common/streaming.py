@@ -333,12 +333,14 @@ def compress_blocks(
             block, linears, streams["dense"], kwargs, batch, store, [m for m in methods if m.inputs == "dense"]
         )
         observe(index, weights, streams["dense"], dense_out)
+        sample, streams["dense"] = streams["dense"][:1].clone(), dense_out  # the inputs are not needed any more
+        del dense_out
         results = []
         for method in methods:
             stats, own = dense_stats, method.inputs != "dense"
             groups = [list(linears)]
             if method.inputs == "sequential":
-                groups = InputStatistics(block, linears, hessian=False).groups(streams["dense"][:1], kwargs)
+                groups = InputStatistics(block, linears, hessian=False).groups(sample, kwargs)
             for group in groups:
                 if own and not all(store.has(method.name, name) for name in group):
                     part = {name: linears[name] for name in group}
@@ -354,8 +356,8 @@ def compress_blocks(
                     module.weight.data = weights[name]
             errors = [store.facts(method.name, name)[method.name]["output_error"] for name in linears]
             results.append((method.name, [e for e in errors if e is not None]))
-        streams["dense"] = dense_out
         model.free_block(index)
+        del dense_stats, stats  # before those of the next block
         line = "  ".join(f"{name} err {sum(errors) / len(errors):.2e}" for name, errors in results if errors)
         if rank == 0:
             seconds = time.perf_counter() - started
