@@ -17,52 +17,50 @@ Inside a layer one width for keys and one for values, so that ordinary kernels w
 
 Deviates from the authors' code in: the float minimum instead of an integer zero point; blocks of keys never straddle
 channels; noise layers of DBSCAN are groups of their own, and groups are merged down to `max_groups`; own NSGA-II;
-KL instead of GSM8K accuracy unless `--objective gsm8k`; the pick is made on text that was not searched on.
+KL instead of GSM8K accuracy unless `--objective gsm8k`, and windows of text instead of its prompts for the errors; the
+pick is made on text that was not searched on; no sink tokens, and scales always in fp16.
 """
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, check_finite, open_tensors, resolve_model
 from recipes.common.data import Text, calibration_windows, load_text
 from recipes.common.evaluation import check_tasks, perplexity, run_tasks
-from recipes.common.kv_allocation import (
-    Group,
-    cluster,
-    depth_table,
-    ladder,
-    pareto_pairs,
-    random_table,
-    table_of,
+from recipes.common.kv_allocation import Group, cluster, pareto_pairs, print_layers, singles
+from recipes.common.kv_measure import (
+    cache_findings,
+    measure_cache,
+    measure_cache_speed,
+    over_runs,
+    packed_layers,
+    remeasure,
 )
-from recipes.common.kv_measure import measure_cache, measure_cache_speed, over_runs, remeasure
-from recipes.common.kv_search import Archive, Evaluations, best, front, held_out_scores, isolated_knapsack, search
+from recipes.common.kv_rivals import ASIDE, RANDOM_TABLES, WIDER, check_rivals, rival_names, rival_tables
+from recipes.common.kv_search import Archive, Evaluations, best, front, held_out_scores, load_objective, search
 from recipes.common.kv_simulation import greedy, log_probabilities, mean_kl, measure_errors, quantised_cache
 from recipes.common.kv_tables import (
     FORMATS,
     CacheFormat,
     Pair,
     Table,
-    bytes_per_token,
     cache_shape,
     effective_bits,
     equivalent_bits,
-    layer_types,
     official_yaml,
     pair_bits,
     pair_name,
@@ -72,6 +70,7 @@ from recipes.common.kv_tables import (
 from recipes.common.layerwise import EVALUATION_TEXTS, held_out_windows, load_fp32
 from recipes.common.retrieval import hidden_codes
 from recipes.common.runner import Recipe, World, cached_json, check_resources, open_state, pin_inputs, world
+from zoo.cache import layer_types
 from zoo.checkpoint import load_compression, write_checkpoint
 from zoo.errors import UserError
 from zoo.hub import publish
@@ -80,9 +79,7 @@ from zoo.models import slim_class_for
 __all__ = ["KVTuner", "remeasure"]  # `verify` measures a checkpoint of this recipe by `remeasure`
 
 ANSWER = 64  # greedy tokens per calibration prompt, at most half a window (section 3.5: "64 greedy tokens")
-WIDER = 6.0  # bits: the paper's other budget; what was found within it is reported too
-RANDOM_TABLES = 5  # section 8 (f)
-ASIDE = ("unclustered",)  # baselines that run only if they are named: as many evaluations again
+HELD = 16  # windows to choose on, at most: log-probabilities over the whole vocabulary stay in memory
 
 
 @dataclass
@@ -125,7 +122,9 @@ class KVTuner(Recipe):
     calib_samples: int = field(default=20, metadata={"help": "prompts on which the errors of the layers are measured"})
     nsamples: int = field(
         default=4,
-        metadata={"help": "windows (gsm8k: questions) of the search, and as many others to choose from what it found"},
+        metadata={
+            "help": "windows (gsm8k: questions) of the search; as many others, 16 at most, choose from what it found"
+        },
     )
     seqlen: int = field(default=512, metadata={"help": "tokens per calibration window"})
     eps: float = field(default=0.05, metadata={"help": "DBSCAN's radius in e_o"})
@@ -175,6 +174,7 @@ class KVTuner(Recipe):
             ("min_samples", 1),
             ("max_groups", 1),
             ("population", 2),
+            ("task_limit", 1),
             ("retrieval_items", 0),
             ("speed_tokens", 0),
             ("seeds", 1),
@@ -193,17 +193,22 @@ class KVTuner(Recipe):
                 f"--evals {self.evals}: at least --population, which is {self.population}, and {len(self.menu) + 2}"
                 " for the uniform tables are needed; raise it or lower --population."
             )
-        if self.objective not in ("kl", "ppl", "gsm8k") and ":" not in self.objective:
-            raise UserError(f"--objective {self.objective}: kl, ppl, gsm8k or module:function is needed.")
+        if self.seqlen < self.form.residual_length:
+            raise UserError(
+                f"--seqlen {self.seqlen}: with --residual-length {self.form.residual_length} nothing would be quantised;"
+                f" {self.form.residual_length} or more is needed."
+            )
+        if self.objective not in ("kl", "ppl", "gsm8k"):
+            self.own_objective = load_objective(self.objective)
         if self.objective == "gsm8k" and any(task.startswith("gsm8k") for task in self.tasks):
             raise UserError("--tasks gsm8k: the search of --objective gsm8k sees its items; measure another task.")
         if self.export:
             raise UserError("--export: the weights are the base model's, any engine loads them; leave it out.")
-        unknown = [name for name in self.baselines if name not in (*self.rival_names(), *ASIDE, "none")]
+        known = [*rival_names(self.menu, self.mode), *ASIDE]
+        unknown = [name for name in self.baselines if name not in (*known, "none")]
         if unknown:
-            raise UserError(
-                f"--baselines {unknown[0]}: one of {', '.join([*self.rival_names(), *ASIDE])} or none is needed."
-            )
+            raise UserError(f"--baselines {unknown[0]}: one of {', '.join(known)} or none is needed.")
+        self.rivals = self.baselines or rival_names(self.menu, self.mode)
         self.loaded = self.check_loaded() if self.load_table else None
 
     def check_format(self) -> CacheFormat:
@@ -231,12 +236,20 @@ class KVTuner(Recipe):
             raise UserError(
                 f"--load-table {self.load_table}: it is for mode {mode}, not {self.mode}; pass --mode {mode}."
             )
+        if (bits := equivalent_bits(table)) > self.max_bits:
+            raise UserError(
+                f"--load-table {self.load_table}: it has {bits:.4g} bits, --max-bits is {self.max_bits:g}; raise that."
+            )
         return table
 
     def check_model(self, base: BaseModel) -> None:
         """Refuses a model whose cache cannot be quantised so, or windows that are longer than it takes."""
         config = AutoConfig.from_pretrained(base.path)
         self.layers, self.kv_heads, self.head_dim = cache_shape(config)
+        if getattr(config, "kv_cache_quantization", None):
+            raise UserError(
+                f"--model {self.model}: its cache has a table already; name the model that it was searched for."
+            )
         odd = [i for i, kind in enumerate(layer_types(config)) if kind != "full_attention"]
         if odd:
             raise UserError(
@@ -253,6 +266,12 @@ class KVTuner(Recipe):
             raise UserError(
                 f"--load-table {self.load_table}: it has {len(self.loaded)} layers, {self.model} has {self.layers}."
             )
+        unfit = check_rivals(self.rivals, self.mode, self.head_dim)
+        if unfit and self.baselines:
+            raise UserError(
+                f"--baselines {unfit[0]}: its groups do not divide the head size {self.head_dim}; leave it out."
+            )
+        self.rivals = [name for name in self.rivals if name not in unfit]
         used = ("seqlen", "eval_seqlen", "speed_tokens", *(["retrieval_tokens"] if self.retrieval_items else []))
         for name in used:
             if getattr(self, name) > config.max_position_embeddings:
@@ -281,18 +300,20 @@ class KVTuner(Recipe):
 
     def tune(self, model: nn.Module, tokenizer, windows: Tensor, folder: Path, processes: World) -> dict:
         """Steps 2 to 6 for one seed, and the tables of the rivals; what is measured on the way is kept in `folder`."""
-        begin = time.time()
-        prompts, searched, held = windows.split([self.calib_samples, self.nsamples, self.nsamples])
+        prompts, searched, held = windows.split([self.calib_samples, self.nsamples, min(self.nsamples, HELD)])
         prompt = self.seqlen - self.answer
 
         def measure() -> dict:
             sequences = greedy(model, prompts[:, :prompt], self.answer)
             return {
                 "sequences": sequences.tolist(),
-                **asdict(measure_errors(model, sequences, prompt, self.menu, self.form)),
+                **measure_errors(model, sequences, prompt, self.menu, self.form)._asdict(),
             }
 
-        measured = cached_json(folder / f"errors-{processes.rank}.json", measure)
+        if processes.rank == 0:
+            cached_json(folder / "errors.json", measure)
+        processes.barrier()  # all group the layers by the same numbers
+        measured = cached_json(folder / "errors.json", measure)
         errors = [dict(zip(self.menu, row, strict=True)) for row in measured["output"]]
         candidates = self.candidates(errors)
         groups = self.groups(errors, candidates)
@@ -311,7 +332,19 @@ class KVTuner(Recipe):
             scores = held_out_scores(model, self.form, tables, held, sequences, prompt, folder / "held-out.json")
             picks = {limit: sorted(kept, key=scores.__getitem__) for limit, kept in picks.items()}
         table = picks[self.max_bits][0]
-        rivals = self.rivals(table, errors, candidates, evaluate) if self.seed == self.first_seed else {}
+        rivals = {}
+        if self.seed == self.first_seed:
+            rivals = rival_tables(
+                self.rivals,
+                table,
+                errors,
+                candidates,
+                evaluate,
+                form=self.form,
+                menu=self.menu,
+                seed=self.seed,
+                unclustered=lambda alone: best(self.search(alone, errors, evaluate), self.max_bits)[0],
+            )
         return {
             "table": table,
             "picks": picks,
@@ -320,7 +353,7 @@ class KVTuner(Recipe):
             "errors": errors,
             "rivals": rivals,
             "held": held,
-            "seconds": time.time() - begin,
+            "seconds": sum(evaluate.seconds[table] for table in archive),
         }
 
     def search(self, groups: list[Group], errors: list[dict[Pair, float]], evaluate: Evaluations) -> Archive:
@@ -337,50 +370,7 @@ class KVTuner(Recipe):
         if self.objective == "gsm8k":
             score = "exact_match-flexible-extract/gsm8k_cot"
             return lambda: 1 - run_tasks(model, tokenizer, ["gsm8k_cot"], self.nsamples)[score]["value"]
-        return partial(load_objective(self.objective), model, tokenizer)
-
-    # ------------------------------------------------------------------------------------------------- the rivals
-
-    def rival_names(self) -> list[str]:
-        """Section 8, in the order of the report."""
-        other = next(mode for mode in FORMATS if mode != self.mode).replace("_", "-")
-        uniform = [pair_name(pair) for pair in parse_pairs(self.pairs) if pair != (16, 16)]
-        chosen = ["ladder", "reversed", "depth", "random", "knapsack", "second", f"within-{WIDER:g}"]
-        return [*uniform, *(f"{other}-{bits}" for bits in (8, 4, 2)), *chosen]
-
-    def rivals(
-        self, table: Table, errors: list[dict[Pair, float]], candidates: list, evaluate: Evaluations
-    ) -> dict[str, list[tuple[Table, CacheFormat]]]:
-        """The tables of every chosen rival: uniform ones, and what other rules give for the bits of `table`."""
-        bits, alone = equivalent_bits(table), singles(candidates)
-
-        def down_to(steps: list) -> Table:
-            tables = (table_of(genome, alone) for genome in steps)
-            return next((t for t in tables if equivalent_bits(t) <= bits), table_of(steps[-1], alone))
-
-        def unclustered() -> Table:
-            return best(self.search(alone, errors, evaluate), self.max_bits)[0]
-
-        other = next(form for mode, form in FORMATS.items() if mode != self.mode)
-        makers = {pair_name(pair): lambda pair=pair: (pair,) * self.layers for pair in self.menu}
-        makers |= {
-            "ladder": lambda: down_to(ladder(alone, errors)),
-            "reversed": lambda: down_to(ladder(alone, errors, reverse=True)),
-            "depth": lambda: depth_table(self.layers, bits),
-            "knapsack": lambda: isolated_knapsack(alone, bits, evaluate),
-            "unclustered": unclustered,
-        }
-        tables = {}
-        for name in self.baselines or self.rival_names():
-            if name in makers:
-                tables[name] = [(makers[name](), self.form)]
-            elif name == "random":
-                seeds = range(self.seed, self.seed + RANDOM_TABLES)
-                tables[name] = [(random_table(candidates, bits, seed), self.form) for seed in seeds]
-            elif name != "none" and name.rpartition("-")[0] == other.mode.replace("_", "-"):
-                width = int(name.rpartition("-")[2])
-                tables[name] = [(((width, width),) * self.layers, other)]
-        return tables
+        return partial(self.own_objective, model, tokenizer)
 
     # ---------------------------------------------------------------------------------------------- the whole run
 
@@ -399,11 +389,14 @@ class KVTuner(Recipe):
             column=self.calibration_column,
         )
         seeds = list(range(self.seed, self.seed + self.seeds))
-        total = self.calib_samples + 2 * self.nsamples
+        total = self.calib_samples + self.nsamples + min(self.nsamples, HELD)
         windows = {seed: calibration_windows(text, tokenizer, total, self.seqlen, seed) for seed in seeds}
         if processes.rank == 0:
             check_resources(*self.needs(base), self.output_path.absolute())
             check_finite(base.path)
+            texts = {name: load_text(name) for name in EVALUATION_TEXTS}
+            held_out = held_out_windows(texts, tokenizer, self.settings())
+            items = hidden_codes(tokenizer, self.retrieval_items, self.retrieval_tokens)
             pin_inputs(open_state(self), base_model=base.sha256, calibration_text=text.sha256)
         processes.barrier()
         model = load_fp32(base.path).to(self.device).eval()
@@ -415,13 +408,15 @@ class KVTuner(Recipe):
         self.seed = self.first_seed
         if processes.rank != 0:
             return self.output_path
-        return self.finish(base, model, tokenizer, text, tuned, seeds)
+        metrics = partial(measure_cache, model, tokenizer, held_out, items, self.settings())
+        return self.finish(base, model, text, texts, metrics, tuned, seeds)
 
     def needs(self, base: BaseModel) -> tuple[float, float, float]:
         """(bytes of memory, bytes of disk, minutes) of the run."""
         vocabulary = AutoConfig.from_pretrained(base.path).get_text_config().vocab_size
         logits = 4 * vocabulary
-        ram = 5 * base.parameters + logits * (self.nsamples * self.seqlen + 3 * max(2048, 4 * self.eval_seqlen)) + 2**30
+        kept = self.nsamples * (self.objective == "kl") + min(self.nsamples, HELD)  # windows with log-probabilities
+        ram = 5 * base.parameters + logits * (kept * self.seqlen + 3 * max(2048, 4 * self.eval_seqlen)) + 2**30
         disk = 4 * base.parameters + 2**24
         a = torch.rand(1024, 1024)
         a @ a
@@ -429,14 +424,23 @@ class KVTuner(Recipe):
         for _ in range(4):
             a @ a
         flops = 4 * 2 * 1024**3 / (time.perf_counter() - begin)
-        rivals = len(self.baselines or self.rival_names()) + RANDOM_TABLES
+        rivals = len(self.rivals) + RANDOM_TABLES
         tables = self.seeds * self.evals + 5 * self.layers  # and the knapsack's
         tokens = tables * self.nsamples * self.seqlen
         tokens += rivals * (3 * self.eval_windows * self.eval_seqlen + self.retrieval_items * self.retrieval_tokens)
         return ram, disk, 2 * 2 * base.parameters * tokens / flops / 60
 
-    def finish(self, base: BaseModel, model: nn.Module, tokenizer, text, tuned: list[dict], seeds: list[int]) -> Path:
-        """Checkpoint, evaluation, report, card; then the output appears."""
+    def finish(
+        self,
+        base: BaseModel,
+        model: nn.Module,
+        text: Text,
+        texts: dict[str, Text],
+        metrics: Callable[[], dict],
+        tuned: list[dict],
+        seeds: list[int],
+    ) -> Path:
+        """Checkpoint, evaluation (`metrics`, of the model as it is when called), report, card; then the output appears."""
         state, first = self.state_path, tuned[0]
         folder = state / "checkpoint"
         if not folder.exists():
@@ -453,9 +457,6 @@ class KVTuner(Recipe):
                 extra_files=files,
                 settings={"kv_cache_quantization": self.cache_config(first, text)},
             )
-        texts = {name: load_text(name) for name in EVALUATION_TEXTS}
-        windows = held_out_windows(texts, tokenizer, self.settings())
-        items = hidden_codes(tokenizer, self.retrieval_items, self.retrieval_tokens)
         reference = None
 
         def measure(key: str, table: Table | None = None, form: CacheFormat = self.form) -> dict:
@@ -465,8 +466,7 @@ class KVTuner(Recipe):
                 if reference is None:
                     reference = log_probabilities(model, first["held"])
                 with quantised_cache(model, table, form) if table else nullcontext():
-                    metrics = measure_cache(model, tokenizer, windows, items, self.settings())
-                    return {"metrics": metrics, "kl": mean_kl(model, first["held"], reference)}
+                    return {"metrics": metrics(), "kl": mean_kl(model, first["held"], reference)}
 
             return cached_json(state / "measured" / f"{key}.json", make)
 
@@ -498,8 +498,16 @@ class KVTuner(Recipe):
             seconds=time.time() - (state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
             seeds=seeds,
             findings={
-                "cache": self.cache_findings(first, {"kvtuner": [(first["table"], self.form)], **rivals}, kls),
-                "notes": self.notes(first["table"]),
+                "cache": cache_findings(
+                    first,
+                    {"kvtuner": (first["table"], self.form)} | {name: tables[0] for name, tables in rivals.items()},
+                    kls,
+                    menu=self.menu,
+                    objective=self.objective,
+                    kv_heads=self.kv_heads,
+                    head_dim=self.head_dim,
+                ),
+                "notes": self.notes(first["table"], load_compression(folder)),
             },
         )
         reports.write(report, folder)
@@ -514,12 +522,11 @@ class KVTuner(Recipe):
 
     def other_picks(self, found: dict) -> dict[str, list[tuple[Table, CacheFormat]]]:
         """The second table within max_bits and the first within the paper's other budget, where there are such."""
-        chosen = self.baselines or self.rival_names()
         tables = {"second": found["picks"][self.max_bits][1:2], f"within-{WIDER:g}": found["picks"].get(WIDER, [])[:1]}
         return {
             name: [(table[0], self.form)]
             for name, table in tables.items()
-            if name in chosen and table and table[0] != found["table"]
+            if name in self.rivals and table and table[0] != found["table"]
         }
 
     def cache_config(self, found: dict, text: Text) -> dict:
@@ -545,41 +552,7 @@ class KVTuner(Recipe):
             },
         }
 
-    def cache_findings(self, found: dict, models: dict[str, list[tuple[Table, CacheFormat]]], kls: dict) -> dict:
-        """`cache` of the report: the table, how it was found, and what the cache of every model measured takes."""
-        table = found["table"]
-        return {
-            **{key: getattr(self.form, key) for key in ("mode", "group_size", "residual_length")},
-            "layers": [list(pair) for pair in table],
-            "objective": self.objective,
-            "dense_bytes_per_token": bytes_per_token(
-                ((16, 16),) * self.layers, self.form, self.kv_heads, self.head_dim
-            ),
-            "models": {
-                name: {
-                    "equivalent_bits": equivalent_bits(tables[0][0]),
-                    "effective_bits": effective_bits(*tables[0], self.head_dim),
-                    "bytes_per_token": bytes_per_token(*tables[0], self.kv_heads, self.head_dim),
-                    "kl": kls[name],
-                }
-                for name, tables in models.items()
-            },
-            "searched": [{"bits": bits, "loss": loss} for loss, bits in found["archive"].values()],
-            "uniform": {
-                pair_name(pair): {"bits": bits, "loss": loss}
-                for pair in self.menu
-                for loss, bits in [found["archive"].get((pair,) * self.layers, (None, None))]
-                if bits is not None
-            },
-            "front": front(found["archive"]),
-            "groups": [
-                {"layers": list(g.layers), "candidates": [list(p) for p in g.candidates]} for g in found["groups"]
-            ],
-            "errors": {pair_name(pair): [row[pair] for row in found["errors"]] for pair in self.menu},
-            "seconds": found["seconds"],
-        }
-
-    def notes(self, table: Table) -> list[str]:
+    def notes(self, table: Table, compression: dict) -> list[str]:
         """What a reader must know besides the numbers."""
         nearest = [
             min((b for b in (4, 8, 16) if b >= sum(bits) / len(table)), default=16) for bits in zip(*table, strict=True)
@@ -590,6 +563,13 @@ class KVTuner(Recipe):
             "engines without widths per layer ignore the table; the nearest uniform cache without fewer bits is"
             f" {pair_name(tuple(nearest))}",
         ]
+        if compression["modules"]:
+            lines.append(
+                f"the weights of the base model are packed already ({compression['method']}); the row dense is that model"
+                " with a 16-bit cache"
+            )
+        if self.loaded:
+            lines.append(f"the table was not searched but given, as --load-table {self.load_table}")
         if self.objective == "gsm8k":
             lines.append(
                 f"the first {self.nsamples} test items of GSM8K were searched on, so no score on it is reported"
@@ -600,49 +580,7 @@ class KVTuner(Recipe):
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
-def load_objective(name: str) -> Callable:
-    """The function that 'module:function' names."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--objective {name}: there is no such function ({error}).") from None
-
-
 def stored_dtype(base: Path) -> torch.dtype:
-    """The dtype of the base's weights, or of what is not packed of them; all are copied as they are."""
+    """A dtype that holds all of the base's weights, or what is not packed of them, as they are."""
     tensors = open_tensors(base)
-    return next(t.dtype for t in map(tensors.get, tensors) if t.is_floating_point())
-
-
-def packed_layers(folder: Path) -> list[dict]:
-    """`layers` of the report: what was packed already in the base that the table was searched for."""
-    compression = load_compression(folder)
-    losses = compression.get("proxy_loss", {})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    rows = []
-    for name, spec in compression["modules"].items():
-        linear, (first, final) = model.get_submodule(name), losses.get(name) or (None, None)
-        shape = {"d_out": linear.out_features, "d_in": linear.in_features}
-        rows.append({"name": name, **spec, **shape, "loss_init": first, "loss_final": final, "output_error": None})
-    return rows
-
-
-def singles(candidates: list[tuple[Pair, ...]]) -> list[Group]:
-    """Every layer as a group of its own."""
-    return [Group((layer,), kept) for layer, kept in enumerate(candidates)]
-
-
-def print_layers(measured: dict, menu: tuple[Pair, ...], candidates: list, groups: list[Group]) -> None:
-    """One line a layer: its error, the element-wise one for reference, and the pairs that it keeps."""
-    shown = sorted(menu, key=pair_bits)[len(menu) // 2]
-    at = menu.index(shown)
-    number = {layer: place for place, group in enumerate(groups) for layer in group.layers}
-    for layer, kept in enumerate(candidates):
-        error, single = measured["output"][layer][at], measured["elementwise"][layer][at]
-        print(
-            f"layer {layer + 1}/{len(candidates)}  e_o {pair_name(shown)} {error:.3f} (element-wise {single:.2f})"
-            f"  group {number[layer] + 1}/{len(groups)}  {' '.join(map(pair_name, kept))}",
-            flush=True,
-        )
+    return reduce(torch.promote_types, {t.dtype for t in map(tensors.get, tensors) if t.is_floating_point()})

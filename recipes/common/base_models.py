@@ -110,7 +110,7 @@ def _describe(
     """Reads what there is to know of a model folder, and refuses what no recipe can start from."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
+        model_type = str(config.get("model_type"))
     except (OSError, ValueError, AttributeError):
         raise UserError(f"--model {name}: {folder} has no readable config.json; name a model folder.") from None
     packed = "compression_config" in config

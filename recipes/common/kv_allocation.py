@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.common.kv_tables import Pair, Table, equivalent_bits, pair_bits
+from recipes.common.kv_tables import Pair, Table, equivalent_bits, pair_bits, pair_name
 from recipes.common.nsga2 import Genome
 
 GROWTH = 1.25  # of DBSCAN's eps while there are too many groups
@@ -33,6 +33,11 @@ def table_of(genome: Genome, groups: Sequence[Group]) -> Table:
         layer: group.candidates[choice] for group, choice in zip(groups, genome, strict=True) for layer in group.layers
     }
     return tuple(pairs[layer] for layer in range(len(pairs)))
+
+
+def singles(candidates: Sequence[tuple[Pair, ...]]) -> list[Group]:
+    """Every layer as a group of its own."""
+    return [Group((layer,), kept) for layer, kept in enumerate(candidates)]
 
 
 # --------------------------------------------------------------------------------------------- pruning, section 3.3
@@ -63,7 +68,7 @@ def cluster(
     """Groups of layers with the same candidates and near errors (L dicts, L tuples), ordered by their first layer.
 
     DBSCAN on the errors over the candidates, Euclidean, unscaled; noise layers stay alone. With more than `max_groups`,
-    eps grows by `GROWTH` as long as that leaves more; then the two nearest groups (by their mean errors) with the same
+    eps grows by `GROWTH` as long as that leaves no fewer; then the two nearest groups (by their mean errors) with the same
     candidates are merged until the number is met or no two have the same candidates.
     """
 
@@ -112,19 +117,28 @@ def dbscan(points: np.ndarray, eps: float, min_samples: int) -> list[list[int]]:
 def ladder(groups: Sequence[Group], errors: Sequence[dict[Pair, float]], reverse: bool = False) -> list[Genome]:
     """Genomes from the most bits to the fewest: each step demotes the group that loses least error per bit saved.
 
-    `reverse`: the one that loses most, which is what a good allocation has to beat.
+    A group goes to the next smaller number of bits, and of several pairs with that many to the one of least error.
+    `reverse`: the group that loses most goes first, which is what a good allocation has to beat.
     """
 
-    def price(index: int) -> float:
+    def error(group: Group, choice: int) -> float:
+        return sum(errors[layer][group.candidates[choice]] for layer in group.layers) / len(group.layers)
+
+    def step(index: int) -> tuple[float, int] | None:
+        """(error per bit saved, choice), or None at the end."""
         group, at = groups[index], genome[index]
-        before, after = group.candidates[at : at + 2]
-        rise = sum(errors[layer][after] - errors[layer][before] for layer in group.layers) / len(group.layers)
-        return rise / (pair_bits(before) - pair_bits(after))
+        bits = [pair_bits(pair) for pair in group.candidates]
+        below = max((b for b in bits if b < bits[at]), default=None)
+        if below is None:
+            return None
+        choice = min((c for c, b in enumerate(bits) if b == below), key=lambda c: error(group, c))
+        return (error(group, choice) - error(group, at)) / (bits[at] - below), choice
 
     genome = [0] * len(groups)
     steps = [tuple(genome)]
-    while able := [i for i, group in enumerate(groups) if genome[i] + 1 < len(group.candidates)]:
-        genome[(max if reverse else min)(able, key=price)] += 1
+    while able := {i: found for i in range(len(groups)) if (found := step(i))}:
+        index = (max if reverse else min)(able, key=lambda i: able[i][0])
+        genome[index] = able[index][1]
         steps.append(tuple(genome))
     return steps
 
@@ -182,3 +196,17 @@ def knapsack(costs: Sequence[Sequence[float]], weights: Sequence[Sequence[int]],
     if not best:
         raise ValueError(f"capacity {capacity} is below the smallest weights")
     return min(best.values())[1]
+
+
+def print_layers(measured: dict, menu: tuple[Pair, ...], candidates: list, groups: list[Group]) -> None:
+    """One line a layer: its error, the element-wise one for reference, and the pairs that it keeps."""
+    shown = sorted(menu, key=pair_bits)[len(menu) // 2]
+    at = menu.index(shown)
+    number = {layer: place for place, group in enumerate(groups) for layer in group.layers}
+    for layer, kept in enumerate(candidates):
+        error, single = measured["output"][layer][at], measured["elementwise"][layer][at]
+        print(
+            f"layer {layer + 1}/{len(candidates)}  e_o {pair_name(shown)} {error:.3f} (element-wise {single:.2f})"
+            f"  group {number[layer] + 1}/{len(groups)}  {' '.join(map(pair_name, kept))}",
+            flush=True,
+        )

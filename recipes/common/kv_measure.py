@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,10 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common.data import load_text
 from recipes.common.evaluation import compare_speed, metric, ratio
+from recipes.common.kv_search import front
 from recipes.common.kv_simulation import quantised_cache
-from recipes.common.kv_tables import CacheFormat
+from recipes.common.kv_tables import (
+    CacheFormat,
+    Pair,
+    Table,
+    bytes_per_token,
+    effective_bits,
+    equivalent_bits,
+    pair_name,
+)
 from recipes.common.layerwise import EVALUATION_TEXTS, held_out_windows, load_fp32, measure_model
 from recipes.common.retrieval import Item, hidden_codes, retrieval
+from zoo.checkpoint import load_compression
 
 
 def measure_cache(
@@ -33,6 +45,62 @@ def remeasure(folder: Path, report: dict) -> dict[str, dict]:
     items = hidden_codes(tokenizer, settings["retrieval_items"], settings["retrieval_tokens"])
     with quantised_cache(model, tuple(map(tuple, config["layers"])), form):
         return measure_cache(model, tokenizer, windows, items, settings)
+
+
+def packed_layers(folder: Path) -> list[dict]:
+    """`layers` of the report: what was packed already in the base that the table was searched for."""
+    compression = load_compression(folder)
+    losses = compression.get("proxy_loss", {})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    rows = []
+    for name, spec in compression["modules"].items():
+        linear, (first, final) = model.get_submodule(name), losses.get(name) or (None, None)
+        shape = {"d_out": linear.out_features, "d_in": linear.in_features}
+        rows.append({"name": name, **spec, **shape, "loss_init": first, "loss_final": final, "output_error": None})
+    return rows
+
+
+def cache_findings(
+    found: dict,
+    models: dict[str, tuple[Table, CacheFormat]],
+    kls: dict[str, float],
+    *,
+    menu: Sequence[Pair],
+    objective: str,
+    kv_heads: int,
+    head_dim: int,
+) -> dict:
+    """`cache` of the report: the table, how it was found, and what the cache of every model measured takes.
+
+    Args:
+        found: what `KVTuner.tune` returns. models: the recipe's own first. kls: on held-out text, by model.
+    """
+    table, form = next(iter(models.values()))
+    uniform = {pair: (pair,) * len(table) for pair in [*menu, (16, 16)]}
+    return {
+        **asdict(form),
+        "layers": [list(pair) for pair in table],
+        "objective": objective,
+        "dense_bytes_per_token": bytes_per_token(uniform[16, 16], form, kv_heads, head_dim),
+        "models": {
+            name: {
+                "equivalent_bits": equivalent_bits(own),
+                "effective_bits": effective_bits(own, its_form, head_dim),
+                "bytes_per_token": bytes_per_token(own, its_form, kv_heads, head_dim),
+                "kl": kls[name],
+            }
+            for name, (own, its_form) in models.items()
+        },
+        "searched": [{"bits": bits, "loss": loss} for loss, bits in found["archive"].values()],
+        "uniform": {
+            pair_name(pair): dict(zip(("loss", "bits"), found["archive"][uniform[pair]], strict=True)) for pair in menu
+        },
+        "front": front(found["archive"]),
+        "groups": [{"layers": list(g.layers), "candidates": [list(p) for p in g.candidates]} for g in found["groups"]],
+        "errors": {pair_name(pair): [row[pair] for row in found["errors"]] for pair in menu},
+        "seconds": found["seconds"],
+    }
 
 
 def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:

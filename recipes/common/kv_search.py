@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +12,12 @@ from pathlib import Path
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recipes.common.kv_allocation import Group, knapsack, ladder, table_of, uniform_genome
+from recipes.common.kv_allocation import Group, ladder, table_of, uniform_genome
 from recipes.common.kv_simulation import first_divergence, log_probabilities, mean_kl, quantised_cache
 from recipes.common.kv_tables import CacheFormat, Pair, Table, equivalent_bits, parse_table, table_text
 from recipes.common.nsga2 import Point, nsga2, pareto_front
 from recipes.common.runner import World, cached_json
+from zoo.errors import UserError
 
 PATIENCE = 60  # evaluations without gain of hypervolume before the search stops (section 3.5)
 SHIPPED = 2  # tables per budget (section 3.5)
@@ -24,7 +27,8 @@ Archive = dict[Table, Point]  # every table evaluated, in order, with its (loss,
 class Evaluations:
     """Losses of tables under one objective, kept in `folder` by table, so that a killed search continues where it was.
 
-    The tables of one call are split over the processes; afterwards each of them knows all results.
+    The tables of one call are split over the processes; afterwards each of them knows all results. `seconds`: what each
+    table took. Raises: UserError for an objective that is no finite number.
     """
 
     def __init__(
@@ -32,17 +36,23 @@ class Evaluations:
     ):
         self.model, self.form, self.objective = model, form, objective
         self.folder, self.processes = folder, processes
-        self.known = self.read()
+        self.known: dict[Table, float] = {}
+        self.seconds: dict[Table, float] = {}
+        self.read()
 
-    def read(self) -> dict[Table, float]:
-        """All results on file; a last line that a kill cut off is left out."""
-        known = {}
+    def read(self) -> None:
+        """Takes over all results on file; a last line that a kill cut off is left out.
+
+        No process goes on, and writes more, before all have read: they split the next tables by what is known.
+        """
+        self.processes.barrier()
         for path in sorted(self.folder.glob("evaluations-*.jsonl")):
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     row = json.loads(line)
-                    known[parse_table(row["table"])] = row["loss"]
-        return known
+                    table = parse_table(row["table"])
+                    self.known[table], self.seconds[table] = row["loss"], row["seconds"]
+        self.processes.barrier()
 
     def __call__(self, tables: Sequence[Table]) -> list[Point]:
         """[(loss, bits)] of the tables, in order."""
@@ -53,13 +63,17 @@ class Evaluations:
         drop_torn_line(path)
         with path.open("a") as stream:
             for table in tqdm(mine, desc="tables", unit="table", leave=False):
+                start = time.perf_counter()
                 with quantised_cache(self.model, table, self.form):
-                    self.known[table] = self.objective()
-                stream.write(json.dumps({"table": table_text(table), "loss": self.known[table]}) + "\n")
+                    loss = float(self.objective())
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"--objective: it is {loss} with the table {table_text(table)}, a number is needed."
+                    )
+                row = {"table": table_text(table), "loss": loss, "seconds": time.perf_counter() - start}
+                stream.write(json.dumps(row) + "\n")
                 stream.flush()
-        self.processes.barrier()
-        if self.processes.size > 1:
-            self.known |= self.read()
+        self.read()
         points = [(self.known[table], equivalent_bits(table)) for table in tables]
         if mine and self.processes.rank == 0:
             (loss, bits), seconds = min(points), time.perf_counter() - begin
@@ -75,6 +89,17 @@ def drop_torn_line(path: Path) -> None:
     if path.exists():
         text = path.read_text()
         path.write_text(text[: text.rfind("\n") + 1])
+
+
+def load_objective(name: str) -> Callable:
+    """The function that 'module:function' names."""
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise UserError(f"--objective {name}: kl, ppl, gsm8k or module:function is needed.")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--objective {name}: there is no such function ({error}).") from None
 
 
 def search(
@@ -143,19 +168,3 @@ def held_out_scores(
     found = cached_json(path, make)
     rows = {table: found[table_text(table)] for table in tables}
     return {table: (float(f"{row['kl']:.1e}"), -row["steps"], equivalent_bits(table)) for table, row in rows.items()}
-
-
-def isolated_knapsack(
-    groups: Sequence[Group], bits: float, evaluate: Callable[[Sequence[Table]], list[Point]]
-) -> Table:
-    """The cheapest sum of losses within `bits`, each loss measured with one group quantised and the rest in 16 bits."""
-    layers = sum(len(group.layers) for group in groups)
-    tables = [
-        tuple(pair if layer in group.layers else (16, 16) for layer in range(layers))
-        for group in groups
-        for pair in group.candidates
-    ]
-    losses = iter(evaluate(tables))
-    costs = [[next(losses)[0] for _ in group.candidates] for group in groups]
-    weights = [[sum(pair) * len(group.layers) for pair in group.candidates] for group in groups]
-    return table_of(knapsack(costs, weights, int(2 * bits * layers)), groups)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from recipes.common.kv_tables import CacheFormat, Pair, Table, pair_name
+from recipes.common.kv_tables import CacheFormat, Pair, Table
 from zoo.kernels.kv_attention import quantize_channels, quantize_tokens
 from zoo.kernels.kv_attention.reference import dequantize_channels, dequantize_tokens
 
@@ -99,22 +99,11 @@ def quantised_cache(model: nn.Module, table: Table, form: CacheFormat) -> Iterat
 # ---------------------------------------------------------------------------------------------- errors, section 3.2
 
 
-@dataclass
-class Errors:
-    """Per layer and pair, averaged over prompts. output: ||o - o^|| / ||o||, what everything else uses; elementwise:
-    mean |o - o^| / |o|, as the paper's formula reads. keys, values, scores by width: mean |x - x^| / |x|, and mean
-    |a - a^|."""
+class Errors(NamedTuple):
+    """One row a layer, one number a pair, averaged over prompts."""
 
-    pairs: tuple[Pair, ...]
-    output: list[list[float]]
-    elementwise: list[list[float]]
-    keys: list[dict[str, float]] = field(default_factory=list)
-    values: list[dict[str, float]] = field(default_factory=list)
-    scores: list[dict[str, float]] = field(default_factory=list)
-
-    def mean(self) -> dict[str, float]:
-        """{pair's name: mean of the output error over layers}."""
-        return {pair_name(p): sum(row[i] for row in self.output) / len(self.output) for i, p in enumerate(self.pairs)}
+    output: list[list[float]]  # ||o - o^|| / ||o||, what everything else uses
+    elementwise: list[list[float]]  # mean |o - o^| / |o|, as the paper's formula reads; shown for reference
 
 
 @torch.inference_mode()
@@ -139,44 +128,33 @@ def measure_errors(
 
     Args:
         sequences: (N, T) prompts with their greedy answers. prompt: tokens of the prompts.
+        pairs: columns of the result.
     """
-    totals: dict[int, dict[str, Tensor]] = {}
+    totals: dict[int, Tensor] = {}  # (2, pairs) of each layer, summed over prompts
 
     def hook(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = query[:, :, prompt:].float(), key.float(), value.float()
         q = q.unflatten(1, (k.shape[1], -1)) * layer.scaling  # (B, Hkv, queries of a head, T, D)
         future = torch.ones(q.shape[3], k.shape[2], dtype=torch.bool, device=q.device).triu(prompt + 1)
         rounded = {bits: round_values(v, bits, form) for bits in {b for _, b in pairs}}
-        a = attend(q, k, future)
-        o = a @ v[:, :, None]
-        found = {f"v{bits}": relative(v, x) for bits, x in rounded.items()}
+        o = attend(q, k, future) @ v[:, :, None]
+        found = torch.zeros(2, len(pairs), dtype=torch.float64)
         for bits_k in {b for b, _ in pairs}:
-            k_hat = round_keys(k, bits_k, form)
-            a_hat = attend(q, k_hat, future)
-            found[f"k{bits_k}"] = relative(k, k_hat)
-            found[f"a{bits_k}"] = (a - a_hat).abs().flatten(1).mean(1)
-            for pair in pairs:
-                if pair[0] == bits_k:
-                    o_hat = a_hat @ rounded[pair[1]][:, :, None]
-                    found[f"o{pair}"] = (o - o_hat).flatten(1).norm(dim=1) / o.flatten(1).norm(dim=1)
-                    found[f"e{pair}"] = relative(o, o_hat)
-        total = totals.setdefault(layer.layer_idx, {})
-        for name, per_prompt in found.items():
-            total[name] = total.get(name, 0) + per_prompt.double().sum().cpu()
+            a_hat = attend(q, round_keys(k, bits_k, form), future)
+            for place, (own_k, bits_v) in enumerate(pairs):
+                if own_k == bits_k:
+                    o_hat = a_hat @ rounded[bits_v][:, :, None]
+                    found[0, place] = ((o - o_hat).flatten(1).norm(dim=1) / o.flatten(1).norm(dim=1)).double().sum()
+                    found[1, place] = relative(o, o_hat).double().sum()
+        totals[layer.layer_idx] = totals.get(layer.layer_idx, 0) + found
         return key, value
 
     batches = sequences.split(max(1, TOKENS // sequences.shape[1]))
     with attention_hook(model, hook):
         for batch in tqdm(batches, desc="attention errors", unit="batch", leave=False):
             model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
-    layers = [totals[i] for i in sorted(totals)]
-    mean = [{name: (value / len(sequences)).item() for name, value in layer.items()} for layer in layers]
-
-    def by_width(letter: str) -> list[dict[str, float]]:
-        return [{name[1:]: value for name, value in row.items() if name[0] == letter} for row in mean]
-
-    output, elementwise = ([[row[f"{letter}{pair}"] for pair in pairs] for row in mean] for letter in "oe")
-    return Errors(tuple(pairs), output, elementwise, by_width("k"), by_width("v"), by_width("a"))
+    mean = torch.stack([totals[i] for i in sorted(totals)], 1) / len(sequences)  # (2, L, pairs)
+    return Errors(*mean.tolist())
 
 
 def attend(q: Tensor, k: Tensor, future: Tensor) -> Tensor:

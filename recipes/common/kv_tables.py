@@ -93,12 +93,6 @@ def parse_table(text: str) -> Table:
     return tuple(tuple(map(int, pair.split(","))) for pair in text.split())
 
 
-def layer_types(config) -> list[str]:
-    """What each layer of a model attends to: 'full_attention', or anything else."""
-    whole = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    return getattr(config, "layer_types", None) or [whole] * config.num_hidden_layers
-
-
 def cache_shape(config) -> tuple[int, int, int]:
     """(layers, KV heads, head size) of a model."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -130,9 +124,8 @@ def read_table(source: str) -> tuple[str | None, Table]:
         if "layers" in content:
             mode, rows = content.get("mode"), [tuple(row) for row in content["layers"]]
         else:
-            if sorted(content) != list(range(len(content))):
-                raise UserError(f"{what}: every layer from 0 to the last is needed once, there are {sorted(content)}.")
-            mode, rows = None, [(row["nbits_key"], row["nbits_value"]) for _, row in sorted(content.items())]
+            numbers = sorted(content)
+            mode, rows = None, [(content[i]["nbits_key"], content[i]["nbits_value"]) for i in numbers]
         table = tuple((int(k), int(v)) for k, v in rows)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
@@ -140,6 +133,8 @@ def read_table(source: str) -> tuple[str | None, Table]:
         ) from None
     if not table:
         raise UserError(f"{what}: it has no layers.")
+    if "layers" not in content and numbers != list(range(len(table))):
+        raise UserError(f"{what}: every layer from 0 to the last is needed once, there are {numbers}.")
     check_widths(table, what)
     return mode, table
 
