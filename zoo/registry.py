@@ -69,6 +69,18 @@ ENTRIES = (
         base="HuggingFaceTB/SmolLM2-135M-Instruct",
         hub_repo="slimzoo/smollm2-135m-instruct-armor",
     ),
+    Entry(
+        name="smollm2-135m-instruct-layerwise-quant-3.5",
+        recipe="layerwise-quant",
+        base="HuggingFaceTB/SmolLM2-135M-Instruct",
+        hub_repo="slimzoo/smollm2-135m-instruct-layerwise-quant",
+    ),
+    Entry(
+        name="smollm2-135m-instruct-kvtuner-4",
+        recipe="kvtuner",
+        base="HuggingFaceTB/SmolLM2-135M-Instruct",
+        hub_repo="slimzoo/smollm2-135m-instruct-kvtuner",
+    ),
 )
 
 
