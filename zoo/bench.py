@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
+from .cache import CACHE
 from .kernels.armor_linear import armor_linear
 from .kernels.bitmask_linear import bitmask_linear
 from .kernels.bitmask_linear.reference import pack_bitmask
@@ -282,7 +283,7 @@ def run_model(kind: str, new_tokens: int, repeats: int) -> dict:
         begin = time.perf_counter()
         for _ in range(new_tokens):
             token = out.logits[:, -1:].argmax(-1)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, use_cache=True, **{CACHE: out[CACHE]})
         decode.append((time.perf_counter() - begin) / new_tokens)
         begin = time.perf_counter()
         model(torch.randint(0, 32000, (1, 512)), logits_to_keep=1)

@@ -1,7 +1,8 @@
 """A KV cache with widths of its own for every layer (KVTuner, arXiv 2502.04420): packed codes, never quantised twice.
 
 A checkpoint whose config.json has `kv_cache_quantization` gets this cache by itself, in `generate()` and in `forward`.
-With any other model: `KVTunerCache.from_config(model.config, table)` as `past_key_values=`.
+With any other model: `KVTunerCache.from_config(model.config, table)` as `cache=` (`past_key_values=` before
+transformers 5.24).
 
 {"method": "kvtuner", "version": 1, "mode": "per_token" | "kivi", "group_size": -1 | g, "residual_length": 0 | r,
  "prefill": "exact" | "quantized", "scale_dtype": "float16", "layers": [[key bits, value bits], …]}
@@ -13,7 +14,7 @@ With the attention function "slimzoo_kv" (what such a checkpoint uses instead of
 with any other one, layers hand out dequantised tensors: the same numbers, more slowly.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,12 +25,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import UserError
 from .kernels.kv_attention import kv_attention, quantize_channels, quantize_tokens
 from .kernels.kv_attention.reference import Part, dequantize
 
 ATTENTION = "slimzoo_kv"
+# What models call their cache, as an argument and in their output: renamed in transformers 5.24.
+CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 MODES, PREFILLS, BITS = ("per_token", "kivi"), ("exact", "quantized"), (2, 4, 8, 16)
 GROWTH, LEAST_UNITS = 1.5, 64  # of the buffers, in tokens or blocks
 
@@ -449,9 +453,10 @@ def give_cache(model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if len(args) > 3:  # a cache by position
         return args, kwargs
     use_cache = kwargs.get("use_cache")
-    if kwargs.get("past_key_values") is None and (model.config.use_cache if use_cache is None else use_cache):
-        kwargs["past_key_values"] = KVTunerCache.from_config(model.config)
-    form = getattr(kwargs.get("past_key_values"), "form", None)
+    name = "past_key_values" if "past_key_values" in kwargs else CACHE  # the old name is still understood
+    if kwargs.get(name) is None and (model.config.use_cache if use_cache is None else use_cache):
+        kwargs[name] = KVTunerCache.from_config(model.config)
+    form = getattr(kwargs.get(name), "form", None)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if form is not None and isinstance(mask, Tensor) and mask.ndim == 2:
         form.padding = mask.bool()

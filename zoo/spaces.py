@@ -8,6 +8,8 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from .cache import CACHE
+
 MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
 
@@ -76,7 +78,7 @@ class Decoder:
         if self.done:
             return
         begin = time.perf_counter()
-        logits = self.model(self.next_input, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = self.model(self.next_input, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits[0, -1]
         if self.temperature > 0:
             probabilities = torch.softmax(logits.float() / self.temperature, -1)
             token = torch.multinomial(probabilities, 1, generator=self.generator)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recipes.common.assets import asset_path
+from zoo.cache import CACHE
 from zoo.errors import UserError
 
 # The multiple-choice tasks that need no hub: name -> (metric, prompt of an item). The metric is the one that a small
@@ -275,7 +276,7 @@ def generation_times(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple
     token = out.logits[:, -1:].argmax(-1)
     prefilled = _now(model)
     for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **{CACHE: out[CACHE]})
         token = out.logits[:, -1:].argmax(-1)
     return prefilled - begin, _now(model) - prefilled
 

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recipes.common.kv_tables import CacheFormat, Pair, Table
+from zoo.cache import CACHE
 from zoo.kernels.kv_attention import quantize_channels, quantize_tokens
 from zoo.kernels.kv_attention.reference import dequantize_channels, dequantize_tokens
 
@@ -113,8 +114,8 @@ def greedy(model: nn.Module, prompts: Tensor, steps: int) -> Tensor:
     for batch in tqdm(prompts.split(max(1, TOKENS // prompts.shape[1])), desc="greedy answers", leave=False):
         ids, past = [batch], None
         for _ in range(steps):
-            out = model(input_ids=ids[-1].to(model.device), past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = out.past_key_values
+            out = model(input_ids=ids[-1].to(model.device), use_cache=True, logits_to_keep=1, **{CACHE: past})
+            past = out[CACHE]
             ids.append(out.logits[:, -1:].argmax(-1).cpu())
         rows.append(torch.cat(ids, 1))
     return torch.cat(rows)

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from recipes.common.base_models import open_tensors
 from recipes.common.export import dense_weight
 from recipes.common.pruners import LayerStats, StatsAccumulator
+from zoo.cache import CACHE
 from zoo.errors import UserError
 
 logger = logging.get_logger(__name__)
@@ -156,7 +157,7 @@ def _recording(layer: nn.Module, kwargs: dict) -> Iterator[None]:
     """Replaces the block's forward by one that keeps its arguments and hands the hidden states through."""
 
     def forward(hidden_states: Tensor, **given: object) -> Tensor:
-        kwargs.update({k: v for k, v in given.items() if k not in ("past_key_values", "use_cache")})
+        kwargs.update({k: v for k, v in given.items() if k not in (CACHE, "use_cache")})
         return hidden_states
 
     layer.forward = forward

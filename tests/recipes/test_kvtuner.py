@@ -31,7 +31,7 @@ from recipes.common.kv_simulation import (
 from recipes.common.kv_tables import FORMATS, read_table
 from recipes.common.retrieval import hidden_codes, retrieval
 from recipes.common.runner import main
-from zoo.cache import KVTunerCache
+from zoo.cache import CACHE, KVTunerCache
 from zoo.errors import UserError
 
 IDS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_rounding_is_that_of_the_cache(model):
             },
         )
         with torch.no_grad():
-            wanted = model(IDS, past_key_values=cache).logits
+            wanted = model(IDS, **{CACHE: cache}).logits
             with quantised_cache(model, table, form):
                 found = model(IDS, use_cache=False).logits
             plain = model(IDS, use_cache=False).logits
@@ -291,8 +291,8 @@ def test_end_to_end(base, finished, capsys):
     for name, tensor in dense.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     out = model.generate(IDS[:, :8], max_new_tokens=4, return_dict_in_generate=True)
-    assert [[layer.key_bits, layer.value_bits] for layer in out.past_key_values.layers] == table["layers"]
-    assert out.past_key_values.nbytes / 3 / 11 == pytest.approx(
+    assert [[layer.key_bits, layer.value_bits] for layer in out[CACHE].layers] == table["layers"]
+    assert out[CACHE].nbytes / 3 / 11 == pytest.approx(
         report["cache"]["models"]["kvtuner"]["bytes_per_token"], rel=0.01
     )
 
@@ -311,7 +311,7 @@ def test_packed_weights_and_packed_cache_stack(tmp_path_factory, tmp_path, capsy
     assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
     model = AutoModelForCausalLM.from_pretrained(output)
     out = model.generate(IDS[:, :8], max_new_tokens=4, return_dict_in_generate=True)
-    assert type(out.past_key_values).__name__ == "KVTunerCache" and "qweight" in str(list(tensors[0]))
+    assert type(out[CACHE]).__name__ == "KVTunerCache" and "qweight" in str(list(tensors[0]))
     assert verdict(capsys, output)[0] == 0
 
 
@@ -378,7 +378,7 @@ def test_kivi_with_every_measurement_and_without_its_shortcuts(long_base, tmp_pa
     assert report["compressed"].keys() == keys and report["compressed"]["perplexity/A"]["n_of"] == "seeds"
     assert report["speed"].keys() == {"decode", "prefill"} and len(report["speed"]["decode"]) == 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "kv", dtype=torch.float32)
-    cache = model.generate(IDS, max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    cache = model.generate(IDS, max_new_tokens=4, return_dict_in_generate=True)[CACHE]
     assert cache.form.group_size == 16 and cache.layers[0].stores[0].units == 2  # 32 of 43 tokens, in blocks of 16
     shown = capsys.readouterr().out
     assert f"KV cache: {models['kvtuner']['bytes_per_token']:,} of 768 bytes a token" in shown

@@ -10,7 +10,7 @@ from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import zoo  # noqa: F401
-from zoo.cache import ATTENTION, KVTunerCache, KVTunerLayer, check_table
+from zoo.cache import ATTENTION, CACHE, KVTunerCache, KVTunerLayer, check_table
 from zoo.errors import UserError
 
 IDS = torch.randint(0, 256, (2, 45), generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def run(model, cache, ids, chunks=(), mask=None):
     for length in (*chunks, *[1] * (ids.shape[1] - sum(chunks))):
         part = {"attention_mask": mask[:, : start + length]} if mask is not None else {}
         with torch.no_grad():
-            out = model(ids[:, start : start + length], past_key_values=cache, use_cache=True, **part)
+            out = model(ids[:, start : start + length], **{CACHE: cache}, use_cache=True, **part)
         logits.append(out.logits)
         start += length
     return torch.cat(logits, 1)
@@ -82,7 +82,7 @@ def test_3_sixteen_bits_are_a_dynamic_cache(model, attention):
     assert torch.equal(found, wanted)
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     cache = KVTunerCache.from_config(model.config, table(((16, 16),) * 2))
-    assert torch.equal(model.generate(IDS, past_key_values=cache, **options), model.generate(IDS, **options))
+    assert torch.equal(model.generate(IDS, **{CACHE: cache}, **options), model.generate(IDS, **options))
 
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
@@ -152,11 +152,11 @@ def test_left_padding_changes_nothing(model, attention, mode):
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 258}
-    alone = model.generate(prompt, past_key_values=KVTunerCache.from_config(model.config, pair), **options)
+    alone = model.generate(prompt, **{CACHE: KVTunerCache.from_config(model.config, pair)}, **options)
     cache = KVTunerCache.from_config(model.config, pair)
     if mode == "kivi":
         cache.form.padding = mask.bool()  # a model with the table does this by itself
-    padded = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    padded = model.generate(ids, attention_mask=mask, **{CACHE: cache}, **options)
     assert torch.equal(alone[0, 24:], padded[0, 24 + padding :])
 
 
@@ -177,9 +177,7 @@ def test_padding_stays_out_of_a_blocks_range():
 
 def beams(model, pair):
     cache = KVTunerCache.from_config(model.config, pair)
-    return model.generate(
-        IDS[:1], past_key_values=cache, num_beams=3, max_new_tokens=20, min_new_tokens=20, do_sample=False
-    )
+    return model.generate(IDS[:1], **{CACHE: cache}, num_beams=3, max_new_tokens=20, min_new_tokens=20, do_sample=False)
 
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
@@ -249,7 +247,7 @@ def test_short_prompts(model, attention, prompt):
 def test_training_goes_through(model):
     cache = KVTunerCache.from_config(model.config, table())
     model.set_attn_implementation(ATTENTION)
-    out = model(IDS, past_key_values=cache, labels=IDS)
+    out = model(IDS, **{CACHE: cache}, labels=IDS)
     out.loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().sum() > 0
     model.zero_grad()
@@ -272,21 +270,21 @@ def test_10_generate_uses_the_table_by_itself(checkpoint):
     assert model.config._attn_implementation == ATTENTION
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
     out = model.generate(IDS, return_dict_in_generate=True, attention_mask=torch.ones_like(IDS), **options)
-    cache = out.past_key_values
+    cache = out[CACHE]
     assert type(cache).__name__ == "KVTunerCache"
     assert [(layer.key_bits, layer.value_bits) for layer in cache.layers] == [(8, 4), (4, 2)]
     explicit = KVTunerCache.from_config(model.config)
-    assert torch.equal(model.generate(IDS, past_key_values=explicit, **options), out.sequences)
+    assert torch.equal(model.generate(IDS, **{CACHE: explicit}, **options), out.sequences)
     eager = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
     assert torch.equal(eager.generate(IDS, **options), out.sequences)  # dequantised: the same numbers
     with torch.no_grad():
-        assert type(model(IDS).past_key_values).__name__ == "KVTunerCache"
-        assert model(IDS, use_cache=False).past_key_values is None
+        assert type(model(IDS)[CACHE]).__name__ == "KVTunerCache"
+        assert CACHE not in model(IDS, use_cache=False)
         dense = model(IDS, use_cache=False).logits
     torch.testing.assert_close(model(IDS).logits, dense)  # the prompt itself is exact
     assert model.generate(IDS, use_cache=False, **options).shape == out.sequences.shape
     own = DynamicCache(config=model.config)
-    model.generate(IDS, past_key_values=own, **options)
+    model.generate(IDS, **{CACHE: own}, **options)
     assert own.get_seq_length() == 74
     assert model.generate(IDS, cache_implementation="static", **options).shape == out.sequences.shape
     assert model.generate(IDS, num_beams=3, **options).shape == out.sequences.shape
@@ -297,7 +295,7 @@ def test_10_padding_reaches_the_cache_by_itself(checkpoint):
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
     out = model.generate(IDS, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
-    assert not out.past_key_values.form.padding[0, :5].any() and out.past_key_values.form.padding[1].all()
+    assert not out[CACHE].form.padding[0, :5].any() and out[CACHE].form.padding[1].all()
 
 
 def test_10_the_table_survives_saving(checkpoint, tmp_path):
@@ -311,11 +309,21 @@ def test_10_the_table_survives_saving(checkpoint, tmp_path):
     assert torch.equal(again.generate(IDS, **options), model.generate(IDS, **options))
 
 
-def test_assisted_decoding_crops_and_agrees(checkpoint):
+@pytest.mark.parametrize("mode", ["per_token", "kivi"])
+def test_assisted_decoding_crops_and_agrees(checkpoint, mode):
+    # prefill="quantized": a token is read as its codes whether it came alone or among the drafted ones
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    own = {"mode": mode, "prefill": "quantized"}
+    if mode == "per_token":
+        own |= {"group_size": -1, "residual_length": 0}
+    table = model.config.kv_cache_quantization | own
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
-    found = model.generate(IDS[:1], prompt_lookup_num_tokens=3, **options)
-    assert found.shape[1] == 65
+    plain, assisted = (KVTunerCache.from_config(model.config, table) for _ in range(2))
+    wanted = model.generate(IDS[:1], **{CACHE: plain}, **options)
+    crops, crop = [], assisted.crop
+    assisted.crop = lambda length: (crops.append(length), crop(length))[1]
+    found = model.generate(IDS[:1], prompt_lookup_num_tokens=3, **{CACHE: assisted}, **options)
+    assert crops and torch.equal(found, wanted)
 
 
 def test_compiled_models_give_the_same(checkpoint):

@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..bundle import bundle_stem, write_bundle
-from ..cache import ATTENTION, KVTunerCache, check_table, give_cache
+from ..cache import ATTENTION, CACHE, KVTunerCache, check_table, give_cache
 from ..errors import UserError
 from ..layers.packed_linear import REBUILD, PackedLinear
 from ..layers.packing import pack_linears
@@ -78,7 +78,7 @@ class PackedModelMixin:
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
         if not model.__dict__.pop("_all_tensors_fit", False):
             raise RuntimeError(
-                "this transformers does not say which tensors are missing: install one from 5.20 to 5.23."
+                "this transformers does not say which tensors are missing: install one from 5.20 to 5.24."
             )
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLinear):
@@ -108,11 +108,11 @@ class PackedModelMixin:
         """As in transformers, but where that would make a DynamicCache, a config with a table gets its own cache."""
         if (
             self.config.kv_cache_quantization
-            and model_kwargs.get("past_key_values") is None
+            and model_kwargs.get(CACHE) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
         ):
-            model_kwargs["past_key_values"] = KVTunerCache.from_config(self.config)
+            model_kwargs[CACHE] = KVTunerCache.from_config(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
