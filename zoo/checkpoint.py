@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
 from .layers.packed_linear import REBUILD, PackedLinear
-from .models import slim_class_for
+from .models import slim_class_for, slim_class_of
 
 SHARD_BYTES = 5 * 10**9
 CARRIED_FILES = (  # what a base folder may hold besides weights and config
@@ -99,6 +99,29 @@ def write_checkpoint(
     return output
 
 
+def save_checkpoint(
+    output: Path, model: PreTrainedModel, *, processor=None, extra_files: dict[str, str | bytes]
+) -> Path:
+    """Write the checkpoint folder of a model of ours that is in memory, whole or not at all.
+
+    Args:
+        output: the folder to make; it may exist if it is empty.
+        processor: the image processor or tokenizer to save beside it.
+        extra_files: {file name: content} to add.
+    Returns: output. Raises: UserError for an output that exists or cannot be written, and for weights with NaN or Inf.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"tensor {name} holds NaN or Inf: finite weights are needed.")
+    with atomic_folder(output, sum(tensor.nbytes for tensor in model.state_dict().values())) as folder:
+        model.save_pretrained(folder)  # the bundled code with it
+        if processor is not None:
+            processor.save_pretrained(folder)
+        for name, content in extra_files.items():
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return output
+
+
 def load_compression(folder: Path) -> dict:
     """The `compression_config` of a checkpoint folder; UserError if the folder holds no compressed checkpoint."""
     compression = _read_config(Path(folder)).get("compression_config")
@@ -115,14 +138,18 @@ def read_checkpoint_sizes(folder: Path) -> dict[str, int]:
     Raises: UserError if the folder holds no compressed checkpoint or a file is damaged.
     """
     folder = Path(folder)
-    load_compression(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if not config.model_type.startswith("slim_"):
+        raise UserError(f"{folder} is not a compressed checkpoint: its model_type is {config.model_type}.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
-    dense = [p.numel() for name, p in model.named_parameters() if name.rpartition(".")[0] not in packed]
-    dense += [layer.in_features * layer.out_features for layer in packed.values()]
-    dense += [layer.bias.numel() for layer in packed.values() if layer.bias is not None]
-    sizes = {"parameters": sum(dense), "dense_bytes": sum(dense) * model.dtype.itemsize}
+        dense = slim_class_of(config)(config).dense_model()
+    dtype = config.dtype or torch.float32
+    buffers = dense.state_dict().keys() - dict(dense.named_parameters(remove_duplicate=False)).keys()
+    sizes = {"parameters": sum(parameter.numel() for parameter in dense.parameters())}
+    sizes["dense_bytes"] = sizes["parameters"] * dtype.itemsize
+    for name in buffers:  # running statistics, which are stored too
+        buffer = dense.get_buffer(name)
+        sizes["dense_bytes"] += buffer.numel() * (dtype if buffer.is_floating_point() else buffer.dtype).itemsize
     sizes |= {"nonzero": 0, "compressed_bytes": 0}
     for file in _weight_files(folder):
         with _opened(file) as tensors:
@@ -262,7 +289,7 @@ def _slim_config(base: Path, compression: dict, dtype: torch.dtype, more: dict):
 def _stored_tensors(config, dtype: torch.dtype, base: Path, base_files: dict[str, Path]) -> dict[str, torch.Tensor]:
     """{name: empty tensor} of all that the checkpoint holds; UserError if the base lacks something."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = slim_class_of(config)._from_config(config, dtype=dtype)
     packed = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     stored = {}
     for name, tensor in model.state_dict().items():

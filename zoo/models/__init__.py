@@ -13,8 +13,10 @@ from .llama import SlimLlamaForCausalLM, SlimLlamaModel
 from .mistral import SlimMistralForCausalLM, SlimMistralModel
 from .qwen2 import SlimQwen2ForCausalLM, SlimQwen2Model
 from .qwen3 import SlimQwen3ForCausalLM, SlimQwen3Model
+from .vit import SlimDeiTForImageClassification, SlimDeiTModel, SlimViTForImageClassification, SlimViTModel
 
 FAMILIES = {
+    "deit": (SlimDeiTModel, SlimDeiTForImageClassification),
     "gemma": (SlimGemmaModel, SlimGemmaForCausalLM),
     "gemma2": (SlimGemma2Model, SlimGemma2ForCausalLM),
     "gemma3_text": (SlimGemma3Model, SlimGemma3ForCausalLM),
@@ -22,11 +24,18 @@ FAMILIES = {
     "mistral": (SlimMistralModel, SlimMistralForCausalLM),
     "qwen2": (SlimQwen2Model, SlimQwen2ForCausalLM),
     "qwen3": (SlimQwen3Model, SlimQwen3ForCausalLM),
-}  # stock model_type -> our base model and our causal language model; their `config_class` has the new model_type
+    "vit": (SlimViTModel, SlimViTForImageClassification),
+}  # stock model_type -> our base model and our model with its head; their `config_class` has the new model_type
 
 
-def slim_class_for(model_type: str) -> type:
-    """Our causal language model class for a stock `model_type`; UserError naming the supported ones if none fits."""
-    if model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported: one of {', '.join(FAMILIES)} is needed.")
-    return FAMILIES[model_type][1]
+def slim_class_of(config) -> type:
+    """The model class with its head that a config of ours belongs to."""
+    return FAMILIES[config.model_type.removeprefix("slim_")][1]
+
+
+def slim_class_for(model_type: str, auto: str = "AutoModelForCausalLM") -> type:
+    """Our class for a stock `model_type` that this Auto class loads; UserError naming the supported ones if none fits."""
+    fit = {name: pair[1] for name, pair in FAMILIES.items() if auto in pair[1].config_class.auto_classes}
+    if model_type not in fit:
+        raise UserError(f"model_type {model_type!r} is not supported: one of {', '.join(fit)} is needed.")
+    return fit[model_type]

@@ -13,49 +13,49 @@ from transformers import (
     GemmaModel,
 )
 
-from .packed import PackedConfigMixin, PackedModelMixin
+from .causal import CausalConfigMixin, CausalModelMixin
 
 
 @strict
-class SlimGemmaConfig(PackedConfigMixin, GemmaConfig):
+class SlimGemmaConfig(CausalConfigMixin, GemmaConfig):
     model_type = "slim_gemma"
     compression_config: dict | None = None
     kv_cache_quantization: dict | None = None
 
 
-class SlimGemmaModel(PackedModelMixin, GemmaModel):
+class SlimGemmaModel(CausalModelMixin, GemmaModel):
     config_class = SlimGemmaConfig
 
 
-class SlimGemmaForCausalLM(PackedModelMixin, GemmaForCausalLM):
+class SlimGemmaForCausalLM(CausalModelMixin, GemmaForCausalLM):
     config_class = SlimGemmaConfig
 
 
 @strict
-class SlimGemma2Config(PackedConfigMixin, Gemma2Config):
+class SlimGemma2Config(CausalConfigMixin, Gemma2Config):
     model_type = "slim_gemma2"
     compression_config: dict | None = None
     kv_cache_quantization: dict | None = None
 
 
-class SlimGemma2Model(PackedModelMixin, Gemma2Model):
+class SlimGemma2Model(CausalModelMixin, Gemma2Model):
     config_class = SlimGemma2Config
 
 
-class SlimGemma2ForCausalLM(PackedModelMixin, Gemma2ForCausalLM):
+class SlimGemma2ForCausalLM(CausalModelMixin, Gemma2ForCausalLM):
     config_class = SlimGemma2Config
 
 
 @strict
-class SlimGemma3Config(PackedConfigMixin, Gemma3TextConfig):
+class SlimGemma3Config(CausalConfigMixin, Gemma3TextConfig):
     model_type = "slim_gemma3_text"
     compression_config: dict | None = None
     kv_cache_quantization: dict | None = None
 
 
-class SlimGemma3Model(PackedModelMixin, Gemma3TextModel):
+class SlimGemma3Model(CausalModelMixin, Gemma3TextModel):
     config_class = SlimGemma3Config
 
 
-class SlimGemma3ForCausalLM(PackedModelMixin, Gemma3ForCausalLM):
+class SlimGemma3ForCausalLM(CausalModelMixin, Gemma3ForCausalLM):
     config_class = SlimGemma3Config

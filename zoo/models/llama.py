@@ -3,19 +3,19 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from .packed import PackedConfigMixin, PackedModelMixin
+from .causal import CausalConfigMixin, CausalModelMixin
 
 
 @strict
-class SlimLlamaConfig(PackedConfigMixin, LlamaConfig):
+class SlimLlamaConfig(CausalConfigMixin, LlamaConfig):
     model_type = "slim_llama"
     compression_config: dict | None = None
     kv_cache_quantization: dict | None = None
 
 
-class SlimLlamaModel(PackedModelMixin, LlamaModel):
+class SlimLlamaModel(CausalModelMixin, LlamaModel):
     config_class = SlimLlamaConfig
 
 
-class SlimLlamaForCausalLM(PackedModelMixin, LlamaForCausalLM):
+class SlimLlamaForCausalLM(CausalModelMixin, LlamaForCausalLM):
     config_class = SlimLlamaConfig

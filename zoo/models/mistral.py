@@ -3,19 +3,19 @@
 from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
-from .packed import PackedConfigMixin, PackedModelMixin
+from .causal import CausalConfigMixin, CausalModelMixin
 
 
 @strict
-class SlimMistralConfig(PackedConfigMixin, MistralConfig):
+class SlimMistralConfig(CausalConfigMixin, MistralConfig):
     model_type = "slim_mistral"
     compression_config: dict | None = None
     kv_cache_quantization: dict | None = None
 
 
-class SlimMistralModel(PackedModelMixin, MistralModel):
+class SlimMistralModel(CausalModelMixin, MistralModel):
     config_class = SlimMistralConfig
 
 
-class SlimMistralForCausalLM(PackedModelMixin, MistralForCausalLM):
+class SlimMistralForCausalLM(CausalModelMixin, MistralForCausalLM):
     config_class = SlimMistralConfig

@@ -1,39 +1,47 @@
 """What every compressed model class adds to its stock transformers class: packed layers, a strict load, a full save."""
 
+import copy
 from pathlib import Path
+from typing import ClassVar
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ..bundle import bundle_stem, write_bundle
-from ..cache import ATTENTION, CACHE, KVTunerCache, check_table, give_cache
 from ..errors import UserError
 from ..layers.packed_linear import REBUILD, PackedLinear
 from ..layers.packing import pack_linears
 
 FORMAT_VERSION = 1
+IMAGE_CLASSES = {"AutoModel": "Model", "AutoModelForImageClassification": "ForImageClassification"}
 
 
 class PackedConfigMixin:
-    """Mixed in before a stock config class, beside the fields `compression_config: dict | None` (what is packed)
-    and `kv_cache_quantization: dict | None` (see cache.py).
+    """Mixed in before a stock config class, beside the field `compression_config: dict | None` (what is packed).
 
-    Wherever the config is saved, alone or with its model, the code that reads it goes along.
+    Wherever the config is saved, alone or with its model, the code that reads it goes along. `auto_classes` says which
+    Auto class of transformers loads which class of the family: {"AutoModel": suffix of its name, ...}.
     """
 
+    auto_classes: ClassVar[dict[str, str]]
     base_model_tp_plan = None  # the stock plans slice dense weights
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         stem, prefix = bundle_stem(type(self).__module__), type(self).__name__.removesuffix("Config")
-        self.auto_map = {
-            "AutoConfig": f"{stem}.{prefix}Config",
-            "AutoModel": f"{stem}.{prefix}Model",
-            "AutoModelForCausalLM": f"{stem}.{prefix}ForCausalLM",
-        }
+        self.auto_map = {"AutoConfig": f"{stem}.{prefix}Config"}
+        self.auto_map |= {auto: f"{stem}.{prefix}{suffix}" for auto, suffix in self.auto_classes.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         write_bundle(Path(save_directory), type(self).__module__)
 
+    def dense_config(self):
+        """The config of the dense model that the checkpoint was made from or stands for."""
+        config = copy.deepcopy(self)
+        config.compression_config = None
+        return config
+
     def packed_modules(self) -> dict[str, dict]:
-        """{module name in the causal language model: weight format}; UserError if a newer slimzoo wrote it."""
+        """{module name in the model with its head: weight format}; UserError if a newer slimzoo wrote it."""
         compression = self.compression_config or {}
         version = compression.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -53,15 +61,10 @@ class PackedModelMixin:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         modules = config.packed_modules()
-        if self.base_model is self:  # the names are those in the causal language model
+        if self.base_model is self:  # the names are those in the model with its head
             prefix = f"{self.base_model_prefix}."
             modules = {name.removeprefix(prefix): spec for name, spec in modules.items() if name.startswith(prefix)}
         pack_linears(self, modules)
-        if config.kv_cache_quantization:
-            check_table(config, config.kv_cache_quantization)
-            if config._attn_implementation == "sdpa":
-                self.set_attn_implementation(ATTENTION)
-            self.base_model.register_forward_pre_hook(give_cache, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -104,17 +107,10 @@ class PackedModelMixin:
             raise UserError(f"{self.name_or_path}: tensor {problems[0]}{more}; {REBUILD}.")
         self._all_tensors_fit = True
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in transformers, but where that would make a DynamicCache, a config with a table gets its own cache."""
-        if (
-            self.config.kv_cache_quantization
-            and model_kwargs.get(CACHE) is None
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
-        ):
-            model_kwargs[CACHE] = KVTunerCache.from_config(self.config)
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def dense_model(self) -> nn.Module:
+        """The dense model that this one stands for, on the meta device: what its size is compared with."""
+        with torch.device("meta"):
+            return type(self)(self.config.dense_config())
 
     def save_pretrained(self, save_directory, *args, max_shard_size="5GB", **kwargs):
         """As PreTrainedModel.save_pretrained, with smaller shards."""

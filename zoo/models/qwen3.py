@@ -3,19 +3,19 @@
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from .packed import PackedConfigMixin, PackedModelMixin
+from .causal import CausalConfigMixin, CausalModelMixin
 
 
 @strict
-class SlimQwen3Config(PackedConfigMixin, Qwen3Config):
+class SlimQwen3Config(CausalConfigMixin, Qwen3Config):
     model_type = "slim_qwen3"
     compression_config: dict | None = None
     kv_cache_quantization: dict | None = None
 
 
-class SlimQwen3Model(PackedModelMixin, Qwen3Model):
+class SlimQwen3Model(CausalModelMixin, Qwen3Model):
     config_class = SlimQwen3Config
 
 
-class SlimQwen3ForCausalLM(PackedModelMixin, Qwen3ForCausalLM):
+class SlimQwen3ForCausalLM(CausalModelMixin, Qwen3ForCausalLM):
     config_class = SlimQwen3Config
