@@ -13,6 +13,7 @@ from .llama import SlimLlamaForCausalLM, SlimLlamaModel
 from .mistral import SlimMistralForCausalLM, SlimMistralModel
 from .qwen2 import SlimQwen2ForCausalLM, SlimQwen2Model
 from .qwen3 import SlimQwen3ForCausalLM, SlimQwen3Model
+from .resnet import SlimResNetForImageClassification, SlimResNetModel
 from .vit import SlimDeiTForImageClassification, SlimDeiTModel, SlimViTForImageClassification, SlimViTModel
 
 FAMILIES = {
@@ -24,6 +25,7 @@ FAMILIES = {
     "mistral": (SlimMistralModel, SlimMistralForCausalLM),
     "qwen2": (SlimQwen2Model, SlimQwen2ForCausalLM),
     "qwen3": (SlimQwen3Model, SlimQwen3ForCausalLM),
+    "resnet": (SlimResNetModel, SlimResNetForImageClassification),
     "vit": (SlimViTModel, SlimViTForImageClassification),
 }  # stock model_type -> our base model and our model with its head; their `config_class` has the new model_type
 
