@@ -78,7 +78,8 @@ def load_images(
     """
     if name in PACKAGED:
         return _load_packaged(name)
-    return _load_foreign(name, config, train_split, validation_split, test_split, label_column)
+    asked = {"train": train_split, "validation": validation_split, "test": test_split}
+    return _load_foreign(name, config, asked, label_column)
 
 
 def calibration_images(data: ImageData, n: int, seed: int) -> Dataset:
@@ -198,57 +199,38 @@ PACKAGED: dict[str, tuple[str, int, Callable[[Path], DatasetDict]]] = {
 # ------------------------------------------------------------------------------------------------------ folders and Hub
 
 
-def _load_foreign(
-    name: str,
-    config: str | None,
-    train_split: str,
-    validation_split: str | None,
-    test_split: str | None,
-    label_column: str | None,
-) -> ImageData:
+def _load_foreign(name: str, config: str | None, asked: dict[str, str | None], label_column: str | None) -> ImageData:
     facts, revision, there = _describe(name, config)
-    for flag, split in (("train", train_split), ("validation", validation_split), ("test", test_split)):
+    for use, split in asked.items():
         if split is not None and split not in there:
-            raise UserError(f"--{flag}-split {split}: {name} has {', '.join(there)}.")
+            raise UserError(f"--{use}-split {split}: {name} has {', '.join(there)}.")
+    named = [split for split in asked.values() if split is not None]
+    if len(set(named)) < len(named):
+        raise UserError(f"--data {name}: {', '.join(named)} are named for different uses; different splits are needed.")
 
-    def read(split: str) -> Dataset:
-        return _load_split(name, config, split, revision)
-
-    train = _labelled(read(train_split), name, label_column)
+    train = _labelled(_load_split(name, config, asked["train"], revision), name, label_column)
     classes = train.features["label"].names
-    if len(classes) < 2 or len(set(train["label"][:])) < 2:
+    _refuse_unlabelled(train, name, asked["train"])
+    if len(set(train["label"][:])) < 2:
         raise UserError(f"--data {name}: its training images are of one class; at least two are needed.")
-    _refuse_unlabelled(train, name, train_split)
 
-    test = None
-    if test_split is None and "test" in there and train_split != "test":
-        test = _labelled(read("test"), name, label_column, train)
-        test_split, test = ("test", test) if min(test["label"][:]) >= 0 else (None, None)  # -1: labels that are secret
-    names = [split for split in VALIDATION_NAMES if split in there and split not in (train_split, test_split)]
-    if validation_split is None and test_split is None and names:
-        test_split = names[0]
-    elif validation_split is None and names:
-        validation_split = names[0]
-    used = [split for split in (train_split, validation_split, test_split) if split is not None]
-    if len(set(used)) < len(used):
-        raise UserError(f"--data {name}: {', '.join(used)} for train, validation and test: three different are needed.")
-
-    sources = {"train": train_split}
-    if test_split is None:
-        train, test = _carve_foreign(train, name, "test")
-    elif test is None:
-        test = _labelled(read(test_split), name, label_column, train)
-        _refuse_unlabelled(test, name, test_split)
-    if validation_split is None:
-        train, validation = _carve_foreign(train, name, "validation")
-    else:
-        validation = _labelled(read(validation_split), name, label_column, train)
-        _refuse_unlabelled(validation, name, validation_split)
-    own = f"a tenth of {train_split}"
-    sources |= {"validation": validation_split or own, "test": test_split or own}
+    splits, sources = {"train": train}, {"train": asked["train"]}
+    for use, usual in (("test", ("test", *VALIDATION_NAMES)), ("validation", VALIDATION_NAMES)):
+        taken = [*named, *sources.values()]
+        for split in [asked[use]] if asked[use] else [s for s in usual if s in there and s not in taken]:
+            found = _labelled(_load_split(name, config, split, revision), name, label_column, train)
+            if asked[use]:
+                _refuse_unlabelled(found, name, split)
+            if _is_labelled(found):  # those of a benchmark's test split may be secret
+                splits[use], sources[use] = found, split
+                break
+        else:
+            splits["train"], splits[use] = _carve(splits["train"], HELD_OUT, use)
+            sources[use] = f"a tenth of {asked['train']}"
+            if not len(splits[use]):
+                raise UserError(f"--data {name}: too few training images to hold some out; name a --{use}-split.")
     version = ", ".join([facts.pop("version"), *(f"{use}: {source}" for use, source in sources.items())])
     size = facts.pop("size") or train.info.dataset_size
-    splits = {"train": train, "validation": validation, "test": test}
     return ImageData(name, version, size=size, classes=classes, image_size=_side(train), **facts, **splits)
 
 
@@ -330,17 +312,14 @@ def _number_classes(dataset: Dataset, name: str, column: str, train: Dataset | N
     return dataset.cast_column("label", ClassLabel(names=names))
 
 
-def _refuse_unlabelled(dataset: Dataset, name: str, split: str) -> None:
+def _is_labelled(dataset: Dataset) -> bool:
     labels = set(dataset["label"][:])
-    if not labels or None in labels or min(labels) < 0:
-        raise UserError(f"--data {name}: some images of {split}, or all, have no label; name another split.")
+    return bool(labels) and None not in labels and min(labels) >= 0
 
 
-def _carve_foreign(train: Dataset, name: str, use: str) -> tuple[Dataset, Dataset]:
-    train, held_out = _carve(train, HELD_OUT, use)
-    if not len(held_out):
-        raise UserError(f"--data {name}: too few training images to hold some out; name a split with --{use}-split.")
-    return train, held_out
+def _refuse_unlabelled(dataset: Dataset, name: str, split: str) -> None:
+    if not _is_labelled(dataset):
+        raise UserError(f"--data {name}: images of its split {split} have no label; name another split.")
 
 
 def _side(dataset: Dataset) -> int:
