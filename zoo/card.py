@@ -72,7 +72,7 @@ def default_name(report: dict) -> str:
 
 def method_file(report: dict) -> dict:
     """Front matter of model_cards/<method>.md, filled in, with the text below it as "body"."""
-    name, about = method_name(report), baseline_texts()
+    name, about = method_name(report), baseline_texts(report["recipe"])
     path = CARDS / f"{name}.md"
     if not path.is_file() and name in about:
         path = CARDS / "plain.md"
@@ -84,9 +84,11 @@ def method_file(report: dict) -> dict:
     return {**yaml.safe_load(front), "body": body.strip()}
 
 
-def baseline_texts() -> dict[str, str]:
-    """{baseline: what it is, one line}."""
-    return yaml.safe_load((CARDS / "baselines.yaml").read_text(encoding="utf-8"))
+def baseline_texts(recipe: str = "") -> dict[str, str]:
+    """{baseline: what it is, one line}; what a name means in one recipe only goes before what it means elsewhere."""
+    texts = yaml.safe_load((CARDS / "baselines.yaml").read_text(encoding="utf-8"))
+    own = {key.partition("/")[2]: text for key, text in texts.items() if key.startswith(f"{recipe}/")}
+    return {key: text for key, text in texts.items() if "/" not in key} | own
 
 
 def paper_link(method: dict) -> str:
@@ -266,7 +268,7 @@ def quality_table(report: dict) -> str:
     rows.append([f"**{method_name(report)}**", *(f"**{format_metric(m)}**" for m in compressed.values())])
     for name, metrics in report["baselines"].items():
         rows.append([name, *(format_metric(metrics[key]) for key in compressed)])
-    about = [f"- {name}: {text}" for name, text in baseline_texts().items() if name in report["baselines"]]
+    about = [f"- {name}: {text}" for name, text in baseline_texts(report["recipe"]).items() if name in report["baselines"]]
     return "\n\n".join([table(header, rows), "\n".join(about)]).strip()
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import yaml
 
 from zoo.errors import UserError
+from zoo.kv_presets import PRESETS, kv_preset
 
 Pair = tuple[int, int]  # (key bits, value bits)
 Table = tuple[Pair, ...]  # one pair per attention layer
 WIDTHS = (2, 4, 8, 16)  # 16: the layer is left as it is
 PAIRS: tuple[Pair, ...] = tuple((k, v) for k in (8, 4, 2) for v in (8, 4, 2))
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "kvtuner" / "tables.yaml"
 SCALE_BITS = 32  # a scale and a minimum in fp16
 
 
@@ -146,8 +146,12 @@ def official_yaml(table: Table) -> str:
 
 def presets() -> dict[str, dict]:
     """{name: {"model", "mode", "equivalent_bits", "layers": Table}} of the tables that the authors ship."""
-    rows = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
     return {
-        name: row | {"layers": tuple((int(pair[0]), int(pair[1])) for pair in row["layers"].split())}
-        for name, row in rows.items()
+        name: {
+            "model": model,
+            "mode": mode,
+            "equivalent_bits": bits,
+            "layers": tuple(map(tuple, kv_preset(name)["layers"])),
+        }
+        for name, (model, mode, bits, _) in PRESETS.items()
     }

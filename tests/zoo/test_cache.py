@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from tiny_models import Packing, make_base
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import zoo  # noqa: F401
 from zoo.cache import ATTENTION, CACHE, KVTunerCache, KVTunerLayer, check_table
 from zoo.errors import UserError
+from zoo.kv_presets import PRESETS, kv_preset
 
 IDS = torch.randint(0, 256, (2, 45), generator=torch.Generator().manual_seed(0))
 
@@ -374,6 +375,23 @@ def test_impossible_tables_are_refused_in_one_sentence(model, changes, message):
 def test_a_model_without_a_table_says_so(model):
     with pytest.raises(UserError, match="pass a table"):
         KVTunerCache.from_config(model.config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_tables_make_a_cache_for_their_models_only(name):
+    table = kv_preset(name)
+    config = LlamaConfig(num_hidden_layers=len(table["layers"]), hidden_size=256, num_attention_heads=2)
+    cache = KVTunerCache.from_config(config, table)
+    assert [[layer.key_bits, layer.value_bits] for layer in cache.layers] == table["layers"]
+    assert cache.form.mode == PRESETS[name][1]
+    config.num_hidden_layers -= 1
+    with pytest.raises(UserError, match="one pair for each of the model's"):
+        KVTunerCache.from_config(config, table)
+
+
+def test_an_unknown_preset_is_named_with_those_there_are():
+    with pytest.raises(UserError, match="llama-3.1-8b-kivi-3.25"):
+        kv_preset("llama-3.1-8b")
 
 
 def test_reference_attention_is_what_it_says():

@@ -98,6 +98,14 @@ def test_every_number_comes_from_the_report():
         assert set(NUMBER.findall(text)) <= widths, path
 
 
+def test_every_baseline_is_described_once_and_as_its_recipe_means_it():
+    lines = (CARDS / "baselines.yaml").read_text().splitlines()
+    names = [line.partition(":")[0] for line in lines if not line.startswith("#")]
+    assert len(set(names)) == len(names)
+    assert "three draws" in baseline_texts("layerwise-quant")["random"]
+    assert "five random tables" in baseline_texts("kvtuner")["random"]
+
+
 @pytest.mark.parametrize("method", ["armor", *sorted(baseline_texts().keys() - {"sparsegpt+rank", "armor-no-refit"})])
 def test_every_method_of_the_recipe_has_a_card(method):
     report = example_report()
