@@ -39,6 +39,7 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "U8": torch.uint8,
+    "I32": torch.int32,
     "I64": torch.int64,
 }  # by their names in safetensors; all that a compressed checkpoint may hold
 

@@ -40,6 +40,8 @@ LAYER = {
     "block_in?": int,
     "pattern?": [int],
     "nnz?": int,
+    "block?": [int],
+    "blocks?": int,
     "bits?": int,
     "group_size?": int,
     "zeros?": str,

@@ -27,6 +27,7 @@ NOT_HASHED = {"report.json", "README.md"}  # the report holds the hashes; the ca
 TENSOR_NAMES = {
     "armor": {"core_values", "core_mask", "wrap_out", "wrap_in"},
     "bitmask": {"values", "mask", "row_offsets"},
+    "block_sparse": {"blocks", "crow_indices", "col_indices"},
     "packed": {"qweight", "scales", "zeros"},
 }
 
@@ -259,9 +260,13 @@ def layer_bytes(row: dict, itemsize: int) -> int:
 
     N:M core: d_out·d_in·N/M values and one bit a position; unstructured: nnz values, the bits, d_out+1 offsets of
     8 bytes; ARMOR adds b_out·d_out + b_in·d_in wrapper values. Packed bits: the codes, a scale a group, and a zero a
-    group of 1 byte (integer) or like the scale (float).
+    group of 1 byte (integer) or like the scale (float). Blocks: their numbers, and 4 bytes for each block-column and
+    for where each block-row begins and ends.
     """
     d_out, d_in = row["d_out"], row["d_in"]
+    if "blocks" in row:
+        b_r, b_c = row["block"]
+        return row["blocks"] * (b_r * b_c * itemsize + 4) + 4 * (-(-d_out // b_r) + 1)
     if "bits" in row:
         groups = d_out * (1 if row["group_size"] == -1 else d_in // row["group_size"])
         zero = {"none": 0, "integer": 1, "float": itemsize}[row["zeros"]]

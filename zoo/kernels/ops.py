@@ -15,12 +15,18 @@ _kept = threading.local()  # scratch memory by use
 
 
 def define(
-    name: str, schema: str, compute: Callable, shape: Callable, dense_weight: Callable[..., Tensor]
+    name: str,
+    schema: str,
+    compute: Callable,
+    shape: Callable,
+    dense_weight: Callable[..., Tensor] | None = None,
+    gradients: Callable | None = None,
 ) -> Callable[..., Tensor]:
     """Defines torch.ops.slimzoo.<name> unless a copy of this code already has, and returns the op.
 
     Args: compute(x, *weights) -> result; shape(x, *weights) -> empty result; dense_weight(x, *weights) -> (d_out, d_in),
-    which the gradient by x, the only one there is, needs: grad_x = grad_y W.
+    which the gradient by x, then the only one there is, needs: grad_x = grad_y W; or gradients(grad_y, needs, x, *weights)
+    -> one per argument, None where needs[i] is false. With neither, there are no gradients.
     """
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         full = f"{NAMESPACE}::{name}"
@@ -35,10 +41,13 @@ def define(
         def backward(ctx, grad):
             saved = zip(ctx.saved_tensors, ctx.numbers, strict=True)
             x, *weights = (number if tensor is None else tensor for tensor, number in saved)
+            if gradients:
+                return tuple(gradients(grad, ctx.needs_input_grad, x, *weights))
             grad_x = grad @ dense_weight(x, *weights).to(grad.dtype) if ctx.needs_input_grad[0] else None
             return grad_x, *(None for _ in weights)
 
-        torch.library.register_autograd(full, backward, setup_context=setup_context)
+        if dense_weight or gradients:
+            torch.library.register_autograd(full, backward, setup_context=setup_context)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

@@ -5,12 +5,14 @@ from torch import nn
 from ..errors import UserError
 from .armor import ArmorLinear
 from .bitmask import BitmaskLinear
+from .block_sparse import BlockSparseLinear
 from .packed_bits import PackedBitsLinear
 from .packed_linear import PackedLinear
 
 FORMATS = {
     "armor": (ArmorLinear, {"block_in", "block_out"}, {"pattern"}),
     "bitmask": (BitmaskLinear, set(), {"pattern", "nnz"}),
+    "block_sparse": (BlockSparseLinear, {"block", "blocks"}, set()),
     "packed": (PackedBitsLinear, {"bits", "group_size", "zeros"}, set()),
 }
 
