@@ -71,7 +71,7 @@ from recipes.common.layerwise import EVALUATION_TEXTS, held_out_windows, load_fp
 from recipes.common.retrieval import hidden_codes
 from recipes.common.runner import Recipe, World, cached_json, check_resources, open_state, pin_inputs, world
 from zoo.cache import layer_types
-from zoo.checkpoint import load_compression, write_checkpoint
+from zoo.checkpoint import load_compression, read_checkpoint_sizes, write_checkpoint
 from zoo.errors import UserError
 from zoo.hub import publish
 from zoo.models import slim_class_for
@@ -486,17 +486,17 @@ class KVTuner(Recipe):
         kls["kvtuner"] = own[0]["kl"]
         report = reports.build(
             recipe=self,
-            base=base,
-            calibration=text,
-            texts=texts,
+            base_model=reports.base_row(base),
+            data=reports.text_data(self, text, texts, dense["metrics"]),
             dense=dense["metrics"],
             compressed=[run["metrics"] for run in own],
             baselines={name: [over_runs([run["metrics"] for run in found])] for name, found in runs.items()},
+            size=read_checkpoint_sizes(folder),
             speed=speed,
-            folder=folder,
             layers=packed_layers(folder),
             seconds=time.time() - (state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
             seeds=seeds,
+            notes=base.notes,
             findings={
                 "cache": cache_findings(
                     first,

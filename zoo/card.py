@@ -18,6 +18,19 @@ from .report_schema import check_report
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"  # beside this package, in a clone and in a wheel
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 UNKNOWN_LICENSE = "unknown"
+TITLES = {  # of the metrics whose keys do not say it; the name of the data follows
+    "top5": "top-5 accuracy",
+    "nll": "NLL",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "ece_scaled": "temperature-scaled ECE",
+    "auroc": "AUROC against",
+    "fpr95": "FPR at 95 % TPR against",
+    "auroc_energy": "energy AUROC against",
+    "fpr95_energy": "energy FPR at 95 % TPR against",
+    "fgsm": "accuracy under FGSM",
+    "pgd": "accuracy under PGD",
+}
 
 
 def render_card(report: dict, *, repo_id: str | None) -> str:
@@ -35,7 +48,7 @@ def render_card(report: dict, *, repo_id: str | None) -> str:
     fields = {
         "title": name.rpartition("/")[2],
         "summary": method["summary"],
-        "base": base_link(report),
+        "base": base_link(report["base_model"]["id"]),
         "paper": paper_link(method),
         "quality": quality_table(report),
         "verdicts": "\n".join(f"- {line}" for line in verdicts(report)),
@@ -43,7 +56,8 @@ def render_card(report: dict, *, repo_id: str | None) -> str:
         "data": data_table(report),
         "sizes": size_table(report),
         "speed": speed_table(report),
-        "source": repo_id or f"runs/{report['recipe']}",
+        "sameness": sameness(report),
+        "loading": loading(method, repo_id or f"runs/{report['recipe']}"),
         "method": method["body"],
         "recipe": report["recipe"],
         "config": yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True).rstrip(),
@@ -126,7 +140,7 @@ def card_metadata(report: dict, method: dict, name: str, repo_id: str | None) ->
                 **(sources if repo_id else {}),
             )
         )
-    calibration = report["data"]["calibration"]["name"]
+    data = [row["name"] for use, row in report["data"].items() if use != "evaluation"]
     widget = [
         {"text": sample["prompt"], "output": {"text": sample["compressed"]}} for sample in report.get("samples", [])
     ]
@@ -137,7 +151,7 @@ def card_metadata(report: dict, method: dict, name: str, repo_id: str | None) ->
         library_name=method["library_name"],
         pipeline_tag=method["pipeline_tag"],
         language=base["language"] or None,
-        datasets=[calibration] if HUB_ID.fullmatch(calibration) else None,
+        datasets=[name for name in data if HUB_ID.fullmatch(name)] or None,
         tags=["slimzoo", *method["tags"], "compressed"],
         widget=widget or None,
         model_name=name,
@@ -146,10 +160,10 @@ def card_metadata(report: dict, method: dict, name: str, repo_id: str | None) ->
 
 
 def metric_source(report: dict, key: str) -> tuple[str, dict]:
-    """("perplexity", the row of `data.evaluation`) of the metric "perplexity/A"."""
+    """("perplexity", the row of `data.evaluation`) of the metric "perplexity/A"; "test" has those of image models."""
     kind, _, where = key.partition("/")
     evaluation = report["data"]["evaluation"]
-    data = evaluation.get(where) or evaluation.get("tasks", {}).get(where)
+    data = evaluation.get(where) or evaluation.get("tasks", {}).get(where) or evaluation.get("test")
     if data is None:
         raise UserError(f"report: data.evaluation does not describe {where!r}, on which {key} was measured.")
     return kind, data
@@ -162,7 +176,7 @@ def slug(name: str) -> str:
 
 def metric_title(key: str) -> str:
     kind, _, where = key.partition("/")
-    return f"{kind.replace('_', ' ')} {where}"
+    return f"{TITLES.get(kind, kind.replace('_', ' '))} {where}".strip()
 
 
 def data_title(report: dict, key: str) -> str:
@@ -179,9 +193,12 @@ def uncertainty(report: dict, key: str, metric: dict) -> float:
     How windows of text scatter is left out: all models read the same windows and move together.
     """
     over_seeds = metric["spread"] or 0.0 if metric["n_of"] == "seeds" else 0.0
-    if metric["unit"] != "fraction" or report["dense"][key]["n_of"] != "items":
+    dense = report["dense"][key]
+    if dense["n_of"] != "items":
         return over_seeds
-    return math.hypot(over_seeds, math.sqrt(metric["value"] * (1 - metric["value"]) / report["dense"][key]["n"]))
+    if metric["unit"] != "fraction":
+        return math.hypot(over_seeds, dense["spread"] or 0.0)
+    return math.hypot(over_seeds, math.sqrt(metric["value"] * (1 - metric["value"]) / dense["n"]))
 
 
 def compare(report: dict, key: str, ours: dict, rival: dict) -> str:
@@ -255,8 +272,8 @@ def table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def base_link(report: dict) -> str:
-    name = report["base_model"]["id"]
+def base_link(name: str) -> str:
+    """A base model's id, linked if it is one of the Hub's."""
     return f"[{name}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else f"`{name}`"
 
 
@@ -270,6 +287,43 @@ def quality_table(report: dict) -> str:
         rows.append([name, *(format_metric(metrics[key]) for key in compressed)])
     about = [f"- {name}: {text}" for name, text in baseline_texts(report["recipe"]).items() if name in report["baselines"]]
     return "\n\n".join([table(header, rows), "\n".join(about)]).strip()
+
+
+def sameness(report: dict) -> str:
+    """What dense, this model and the baselines have in common."""
+    if "training" in report["data"]:
+        return "All rows were trained on the same images, by the same recipe, and measured on the same held-out ones:"
+    return "All rows were measured on the same data, and the baselines were calibrated on the same text:"
+
+
+LOADING = """With slimzoo installed (`pip install slimzoo`), no remote code runs:
+
+```python
+import zoo
+from transformers import {auto}, {reader}
+
+model = {auto}.from_pretrained("{source}")
+{variable} = {reader}.from_pretrained("{source}")
+```
+
+Without slimzoo, with torch and transformers only, the code in this folder does the same work:
+
+```python
+from transformers import {auto}, {reader}
+
+model = {auto}.from_pretrained("{source}", trust_remote_code=True)
+{variable} = {reader}.from_pretrained("{source}")
+```"""
+CLASSES = {  # by pipeline tag: the model's class, the class of what prepares its inputs, and a name for that
+    "text-generation": ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer"),
+    "image-classification": ("AutoModelForImageClassification", "AutoImageProcessor", "processor"),
+}
+
+
+def loading(method: dict, source: str) -> str:
+    """The snippets that load the checkpoint."""
+    auto, reader, variable = CLASSES[method["pipeline_tag"]]
+    return LOADING.format(auto=auto, reader=reader, variable=variable, source=source)
 
 
 def scatter_line(report: dict) -> str:
@@ -286,9 +340,9 @@ def scatter_line(report: dict) -> str:
 
 
 def data_table(report: dict) -> str:
-    """What was calibrated and measured on, exactly."""
+    """What was trained, calibrated and measured on, exactly."""
     evaluation = report["data"]["evaluation"]
-    rows = {"calibration": report["data"]["calibration"]}
+    rows = {use: row for use, row in report["data"].items() if use != "evaluation"}
     rows |= {f"evaluation {name}": row for name, row in evaluation.items() if name != "tasks"}
     rows |= {f"task {name}": row for name, row in evaluation.get("tasks", {}).items()}
     cells = []
@@ -388,6 +442,11 @@ def evidence(report: dict) -> str:
         plots = f"{curves}\n\n{plots}"
     if report.get("cache"):
         plots = f"{cache_evidence(report)}\n\n{plots}"
+    for title, sweep in report.get("sweeps", {}).items():
+        plots = f"{plots}\n\n{sweep_table(title, sweep)}\n\n![{title}](plots/sweep-{slug(title)}.png)"
+    for title, found in report.get("tables", {}).items():
+        cells = [[cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row] for row in found["rows"]]
+        plots = f"{plots}\n\n{title}:\n\n{table(found['header'], cells)}"
     if report.get("importance"):
         plots = f"{plots}\n\n{importance_line(report)}\n\n![Importance of the blocks](plots/importance.png)"
     types = layer_types(report)
@@ -430,6 +489,17 @@ def curve_table(report: dict) -> str:
         shown = {point["bits"]: format_metric(point["metrics"][key]) for point in points}
         rows.append([order, *(shown.get(b, "") for b in bits)])
     return table([f"{metric_title(key)} by average bits, order", *(f"{b:.2f}" for b in bits)], rows)
+
+
+def sweep_table(title: str, sweep: dict) -> str:
+    """The first metric of every series over the quantity that was varied."""
+    places = sorted({point["x"] for points in sweep["series"].values() for point in points})
+    metric = next(iter(next(iter(sweep["series"].values()))[0]["metrics"]))
+    header, rows = f"{metric_title(metric)} by {sweep['x']}", []
+    for name, points in sweep["series"].items():
+        shown = {point["x"]: format_metric(point["metrics"][metric]) for point in points}
+        rows.append([name, *(shown.get(x, "") for x in places)])
+    return f"{title}:\n\n{table([header, *(f'{x:g}' for x in places)], rows)}"
 
 
 def importance_line(report: dict) -> str:

@@ -79,6 +79,5 @@ def check_folder(folder: Path) -> None:
         if not (folder / f"{module}.py").is_file():
             raise UserError(f"{folder} lacks {module}.py, which its config names: make the checkpoint again.")
     card = metadata_load(folder / "README.md") or {}
-    for key in ("base_model", "license"):
-        if not card.get(key):
-            raise UserError(f"{folder / 'README.md'}: the card names no {key}; make the checkpoint again.")
+    if not card.get("license"):
+        raise UserError(f"{folder / 'README.md'}: the card names no license; make the checkpoint again.")

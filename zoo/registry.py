@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 
-from .card import CARDS
+from .card import CARDS, rival_name
 from .errors import UserError
 from .report_schema import read_report
-
-HEADLINE_SPEED = "ratio_to_dense_bf16"
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,9 @@ class Entry:
 
     name: str
     recipe: str
-    base: str  # Hub id of the dense model
+    base: str  # Hub id of the dense model, or what its report calls it
     hub_repo: str
+    auto_class: str = "AutoModelForCausalLM"
 
     @property
     def folder(self) -> Path:
@@ -44,21 +44,25 @@ class Entry:
         return read_report(self.folder / "report.json")
 
     def headline(self) -> dict:
-        """{"metric", "dense", "compressed": M, "size_ratio", "quality_ratio": fractions of dense, "decode": M or None}.
+        """{"metric", "dense", "compressed": M, "size_ratio", "quality_ratio": fractions of dense, "speed": M or
+        None, "speed_of": what it is, such as "decode / dense bf16"}.
 
-        The metric is the report's first; a quality ratio below 1 is a loss.
+        The metric and the speed are the report's first; a quality ratio below 1 is a loss.
         """
         report = self.report()
         metric, compressed = next(iter(report["compressed"].items()))
         dense = report["dense"][metric]
         ratio = compressed["value"] / dense["value"]
+        phase, ratios = next(iter(report["speed"].items()), ("", {}))
+        rival, speed = next(iter(ratios.items()), ("", None))
         return {
             "metric": metric,
             "dense": dense,
             "compressed": compressed,
             "size_ratio": report["size"]["compressed_bytes"] / report["size"]["dense_bytes"],
             "quality_ratio": ratio if compressed["higher_is_better"] else 1 / ratio,
-            "decode": report["speed"].get("decode", {}).get(HEADLINE_SPEED),
+            "speed": speed,
+            "speed_of": f"{phase} / {rival_name(rival)}" if speed else "",
         }
 
 
@@ -110,7 +114,7 @@ def find_checkpoint(entry: Entry, runs: Path = Path("runs")) -> str:
 
 
 def load(name: str, **kwargs) -> PreTrainedModel:
-    """The model called `name`; no remote code runs. Its tokenizer is at `model.name_or_path`.
+    """The model called `name`; no remote code runs. Its tokenizer or image processor is at `model.name_or_path`.
 
     Args:
         kwargs: what `from_pretrained` accepts, such as dtype, device_map or revision.
@@ -119,7 +123,7 @@ def load(name: str, **kwargs) -> PreTrainedModel:
     entry = find_entry(name)
     source = find_checkpoint(entry)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        return getattr(transformers, entry.auto_class).from_pretrained(source, **kwargs)
     except OSError as error:
         if source != entry.hub_repo:
             raise

@@ -35,11 +35,17 @@ LAYER = {
     "name": str,
     "format": str,
     "d_out": int,
-    "d_in": int,
+    "d_in": int,  # of a convolution: in_channels / groups * kh * kw, the columns of its weight as a matrix
+    "kernel?": [int],
+    "groups?": int,
     "block_out?": int,
     "block_in?": int,
     "pattern?": [int],
     "nnz?": int,
+    "seed?": int,
+    "layer?": int,  # seed and layer name a random mask
+    "generator?": str,
+    "sha256?": str,
     "block?": [int],
     "blocks?": int,
     "bits?": int,
@@ -61,7 +67,7 @@ REPORT = {
         "license": (str, NONE),
         "language": [str],
     },
-    "data": {"calibration": DATA, "evaluation": {"tasks?": {"*": DATA}, "*": DATA}},
+    "data": {"calibration?": DATA, "training?": DATA, "evaluation": {"tasks?": {"*": DATA}, "*": DATA}},
     "dense": {"*": METRIC},
     "compressed": {"*": METRIC},
     "baselines": {"*": {"*": METRIC}},
@@ -83,6 +89,10 @@ REPORT = {
         "blocks": [{"index": int, "bits": int, "scores": {"*": float}}],
     },
     "curves?": {"*": [{"lowered": int, "bits": float, "metrics": {"*": METRIC}}]},  # quality by average bits, per order
+    "sweeps?": {  # a metric over some quantity, by its title: a table and a plot on the card
+        "*": {"x": str, "log": bool, "series": {"*": [{"x": float, "metrics": {"*": METRIC}}]}}
+    },
+    "tables?": {"*": {"header": [str], "rows": [[(str, float)]]}},  # further measured tables, by their title
     "cache?": {  # a KV cache with widths of its own for each layer, 16 = not quantised
         "mode": str,
         "group_size": int,
@@ -134,7 +144,11 @@ def check_report(report: dict) -> None:
     groups |= {f"speed.{phase}": ratios for phase, ratios in report["speed"].items()}
     for order, points in report.get("curves", {}).items():
         groups |= {f"curves.{order}[{place}]": point["metrics"] for place, point in enumerate(points)}
-    for where, metrics in groups.items():
+    checked = dict(groups)
+    for title, sweep in report.get("sweeps", {}).items():
+        for name, points in sweep["series"].items():
+            checked |= {f"sweeps.{title}.{name}[{place}]": point["metrics"] for place, point in enumerate(points)}
+    for where, metrics in checked.items():
         for name, metric in metrics.items():
             _check_metric(metric, f"{where}.{name}", len(report["seeds"]))
     if not report["compressed"]:
@@ -150,6 +164,12 @@ def check_report(report: dict) -> None:
     for key in ("dense_bytes", "compressed_bytes", "parameters", "nonzero"):
         if report["size"][key] <= 0:
             raise UserError(f"size.{key} is {report['size'][key]}: more than 0 is needed.")
+    if not report["data"].keys() & {"calibration", "training"}:
+        raise UserError("data lacks calibration or training: what the model was made from is needed.")
+    for title, found in report.get("tables", {}).items():
+        for row in found["rows"]:
+            if len(row) != len(found["header"]):
+                raise UserError(f"tables.{title}: a row has {len(row)} cells, the header {len(found['header'])}.")
     names = [layer["name"] for layer in report["layers"]]
     if len(set(names)) < len(names):
         raise UserError(f"layers: {next(name for name in names if names.count(name) > 1)} is listed twice.")

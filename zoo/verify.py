@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
 
-from .card import render_card
+from .card import metric_source, render_card
 from .checkpoint import load_compression, read_checkpoint_sizes
 from .errors import UserError
-from .layers.packing import pack_linears
+from .layers.packing import pack_layers
 from .report_schema import read_report
 
 SIZE_TOLERANCE = 0.01  # relative; headers and padding
@@ -29,6 +29,7 @@ TENSOR_NAMES = {
     "bitmask": {"values", "mask", "row_offsets"},
     "block_sparse": {"blocks", "crow_indices", "col_indices"},
     "packed": {"qweight", "scales", "zeros"},
+    "seeded_bitmask": {"values"},
 }
 
 
@@ -164,9 +165,9 @@ def check_layers(folder: Path, report: dict) -> Iterator[str]:
             continue
         dtype = floats.pop()
         with torch.device("meta"):
-            holder = nn.ModuleDict({"layer": nn.Linear(row["d_in"], row["d_out"], "bias" in parts, dtype=dtype)})
+            holder = nn.ModuleDict({"layer": dense_layer(row, "bias" in parts, dtype)})
         try:
-            pack_linears(holder, {"layer": modules[name]})
+            pack_layers(holder, {"layer": modules[name]})
             holder["layer"].load_state_dict(parts, assign=True)
             holder["layer"].validate(name)
         except RuntimeError as error:  # load_state_dict: missing tensors, wrong shapes
@@ -210,8 +211,11 @@ def check_metrics(folder: Path, report: dict, measure: Callable | None) -> Itera
             continue
         value, n = measured[key]["value"], measured[key]["n"]
         dense = report["dense"][key]
-        if n != dense["n"]:
-            yield Finding(False, key, f"measured on {n} {dense['n_of']}, the report says {dense['n']}")
+        items, of = dense["n"], dense["n_of"]
+        if of == "seeds":  # a dense model was trained for each seed
+            items, of = metric_source(report, key)[1]["items"], "items"
+        if n != items:
+            yield Finding(False, key, f"measured on {n} {of}, the report says {items}")
         elif metric["unit"] == "fraction":
             tolerance = max(FRACTION_TOLERANCE, 1.5 / n)
             yield Finding(abs(value - claim) <= tolerance, key, f"claimed {claim:.4g}, measured {value:.4g}")
@@ -255,13 +259,21 @@ def open_weights(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
     return readers
 
 
+def dense_layer(row: dict, bias: bool, dtype: torch.dtype) -> nn.Module:
+    """A layer of the shape that a report's row gives: a convolution if it names a kernel."""
+    if "kernel" not in row:
+        return nn.Linear(row["d_in"], row["d_out"], bias, dtype=dtype)
+    channels = row["d_in"] // math.prod(row["kernel"]) * row["groups"]
+    return nn.Conv2d(channels, row["d_out"], tuple(row["kernel"]), groups=row["groups"], bias=bias, dtype=dtype)
+
+
 def layer_bytes(row: dict, itemsize: int) -> int:
     """Bytes of one packed matrix without its bias, from its row in the report alone.
 
     N:M core: d_out·d_in·N/M values and one bit a position; unstructured: nnz values, the bits, d_out+1 offsets of
-    8 bytes; ARMOR adds b_out·d_out + b_in·d_in wrapper values. Packed bits: the codes, a scale a group, and a zero a
-    group of 1 byte (integer) or like the scale (float). Blocks: their numbers, and 4 bytes for each block-column and
-    for where each block-row begins and ends.
+    8 bytes, or the values alone where a seed stands for the positions; ARMOR adds b_out·d_out + b_in·d_in wrapper
+    values. Packed bits: the codes, a scale a group, and a zero a group of 1 byte (integer) or like the scale (float).
+    Blocks: their numbers, and 4 bytes for each block-column and for where each block-row begins and ends.
     """
     d_out, d_in = row["d_out"], row["d_in"]
     if "blocks" in row:
@@ -271,6 +283,8 @@ def layer_bytes(row: dict, itemsize: int) -> int:
         groups = d_out * (1 if row["group_size"] == -1 else d_in // row["group_size"])
         zero = {"none": 0, "integer": 1, "float": itemsize}[row["zeros"]]
         return d_out * d_in * row["bits"] // 8 + groups * (itemsize + zero)
+    if "seed" in row:
+        return row["nnz"] * itemsize
     mask = d_out * -(-d_in // 8)
     if "nnz" in row:
         return row["nnz"] * itemsize + mask + 8 * (d_out + 1)

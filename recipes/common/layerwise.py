@@ -238,20 +238,21 @@ class LayerwiseRecipe(Recipe):
         baselines = self.measure_baselines(run)
         folder, store = run.checkpoint(run.seeds[0]), run.store(run.seeds[0])
         speed = cached_json(run.state / "measured" / "speed.json", partial(measure_speed, run.base.path, folder))
+        layers = self.layer_rows(run.modules, store)
+        rivals = self.baseline_rows(run.modules, list(baselines), store)
         report = reports.build(
             recipe=self,
-            base=run.base,
-            calibration=run.text,
-            texts=run.texts,
+            base_model=reports.base_row(run.base),
+            data=reports.text_data(self, run.text, run.texts, dense),
             dense=dense,
             compressed=compressed,
             baselines=baselines,
+            size=reports.packed_size(folder, layers, rivals, getattr(torch, self.dtype).itemsize),
             speed=speed,
-            folder=folder,
-            layers=self.layer_rows(run.modules, store),
-            baseline_layers=self.baseline_rows(run.modules, list(baselines), store),
+            layers=layers,
             seconds=time.time() - (run.state / "recipe.yaml").stat().st_mtime,  # from the very start, resumed or not
             seeds=run.seeds,
+            notes=run.base.notes,
             findings=self.findings(run),
         )
         reports.write(report, folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from matplotlib.ticker import MaxNLocator
 
-from zoo.card import layer_types, method_name, metric_title
+from zoo.card import layer_types, method_name, metric_title, slug
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX*"
@@ -28,6 +28,8 @@ def draw(report: dict, folder: Path) -> list[Path]:
         drawn.append(curves(report, plots / "curves.png"))
     if report.get("importance"):
         drawn.append(importance(report, plots / "importance.png"))
+    for title, swept in report.get("sweeps", {}).items():
+        drawn.append(sweep(title, swept, plots / f"sweep-{slug(title)}.png"))
     if report.get("cache"):
         drawn += [cache_bits(report, plots / "cache_bits.png"), cache_front(report, plots / "cache_front.png")]
     return drawn
@@ -183,6 +185,34 @@ def curves(report: dict, path: Path) -> Path:
     figure.supxlabel("average bits of the quantised weights", fontsize=9)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    return save(figure, path)
+
+
+def sweep(title: str, swept: dict, path: Path) -> Path:
+    """The first metric of every series over the quantity that was varied, with its spread over seeds."""
+    key = next(iter(next(iter(swept["series"].values()))[0]["metrics"]))
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for place, (name, points) in enumerate(swept["series"].items()):
+        metrics = [point["metrics"][key] for point in points]
+        spread = [m["spread"] or 0.0 if m["n_of"] in ("runs", "seeds") else 0.0 for m in metrics]
+        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+        axis.errorbar(
+            [point["x"] for point in points],
+            [m["value"] for m in metrics],
+            spread,
+            linewidth=2 if place == 0 else 1,
+            capsize=2,
+            label=name,
+            **style,
+        )
+    if swept["log"]:
+        axis.set_xscale("log")
+    axis.set_xlabel(swept["x"], fontsize=9)
+    axis.set_ylabel(metric_title(key), fontsize=9)
+    axis.set_title(title, fontsize=9)
+    plain(axis)
+    axis.legend(frameon=False, fontsize=8)
     return save(figure, path)
 
 

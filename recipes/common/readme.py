@@ -17,7 +17,7 @@ from pathlib import Path
 from recipes.common import plots
 from recipes.common.runner import write_text
 from zoo import registry
-from zoo.card import CARDS, format_bytes, format_metric, metric_title, render_card, table
+from zoo.card import CARDS, base_link, format_bytes, format_metric, metric_title, render_card, table
 from zoo.errors import UserError
 from zoo.registry import Entry
 from zoo.report_schema import read_report
@@ -106,17 +106,17 @@ def leaderboard() -> str:
     """The table, one row a checkpoint, and the plot."""
     rows = []
     for entry in registry.ENTRIES:
-        base = f"[{entry.base.rpartition('/')[2]}](https://huggingface.co/{entry.base})"
+        base = base_link(entry.base)
         if not entry.is_measured:
             rows.append([f"`{entry.name}`", base, "not measured yet", "", "", f"`{entry.command}`"])
             continue
         line, size = entry.headline(), entry.report()["size"]
         values = f"{format_metric(line['dense'])} → {format_metric(line['compressed'])}"
         bytes_ = f"{format_bytes(size['compressed_bytes'])} of {format_bytes(size['dense_bytes'])}"
-        speed = format_metric(line["decode"]) if line["decode"] else ""
+        speed = f"{format_metric(line['speed'])} {line['speed_of']}" if line["speed"] else ""
         card = f"[{entry.name}]({entry.folder.relative_to(README.parent).as_posix()}/README.md)"
         rows.append([card, base, f"{metric_title(line['metric'])}: {values}", bytes_, speed, f"`{entry.command}`"])
-    header = ["checkpoint", "base", "quality, dense → compressed", "weights", "decode speed / dense bf16", "built by"]
+    header = ["checkpoint", "base", "quality, dense → compressed", "weights", "speed", "built by"]
     shown = table(header, rows)
     if measured():
         shown += f"\n\n![Quality kept against size kept]({(CARDS / PLOT).relative_to(README.parent).as_posix()})"

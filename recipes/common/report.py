@@ -45,62 +45,37 @@ MARKS = {"better": "+", "worse": "-", "undecided": "~"}
 def build(
     *,
     recipe: Recipe,
-    base: BaseModel,
-    calibration: Text,
-    texts: dict[str, Text],
+    base_model: dict,
+    data: dict,
     dense: dict[str, dict],
     compressed: list[dict[str, dict]],
     baselines: dict[str, list[dict[str, dict]]],
+    size: dict,
     speed: dict[str, dict[str, dict]],
-    folder: Path,
     layers: list[dict],
     seconds: float,
     seeds: list[int],
-    baseline_layers: dict[str, list[dict]] | None = None,
+    notes: list[str] | tuple[str, ...] = (),
     samples: list[dict[str, str]] | None = None,
     findings: dict | None = None,
 ) -> dict:
     """The report of a finished run, checked.
 
     Args:
-        texts: {"A": …} held-out texts. dense: {metric name: M}. compressed, baselines: one such dict per seed.
-        speed: {"decode": {"ratio_to_dense_bf16": M, …}, "prefill": {…}}. folder: the first seed's checkpoint.
-        layers: one row per packed matrix. seconds: of the whole run.
-        baseline_layers: {baseline: rows like `layers`}, how its matrices would be packed ("block_out" = "block_in" = r
-            stands for a correction of rank r); gives the baselines their place in the plot.
+        base_model, data, size: as `base_row`, `text_data` and `packed_size` give them for language models.
+        dense: {metric name: M}. compressed, baselines: one such dict per seed.
+        speed: {"decode": {"ratio_to_dense_bf16": M, …}, "prefill": {…}}.
+        layers: one row per packed matrix. seconds: of the whole run. notes: what a reader must know of it.
         samples: [{"prompt", "dense", "compressed"}], greedy generations.
-        findings: what else the method found out: "importance", "curves", "cache", more "notes" (see report_schema.py).
+        findings: what else the method found out: "importance", "curves", "sweeps", more "notes" (see report_schema.py).
     """
-    evaluation = {
-        name: text_row(text, windows=dense[f"perplexity/{name}"]["n"], seqlen=recipe.eval_seqlen)
-        for name, text in texts.items()
-    }
-    tasks = {key.partition("/")[2]: m["n"] for key, m in dense.items() if m["n_of"] == "items"}
-    if tasks:
-        evaluation["tasks"] = {name: task_row(name, items) for name, items in tasks.items()}
-    size = read_checkpoint_sizes(folder)
-    if baseline_layers:
-        itemsize = getattr(torch, recipe.dtype).itemsize
-        rest = size["compressed_bytes"] - sum(layer_bytes(row, itemsize) for row in layers)
-        size["baselines"] = {
-            name: rest + sum(layer_bytes(row, itemsize) for row in rows) for name, rows in baseline_layers.items()
-        }
+    findings = dict(findings or {})
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.name,
         "config": json.loads(json.dumps(recipe.settings())),
-        "base_model": {
-            "id": base.id,
-            "revision": base.revision,
-            "sha256": base.sha256,
-            "parameters": base.parameters,
-            "license": base.license,
-            "language": languages(base),
-        },
-        "data": {
-            "calibration": text_row(calibration, windows=recipe.nsamples, seqlen=recipe.seqlen),
-            "evaluation": evaluation,
-        },
+        "base_model": base_model,
+        "data": data,
         "dense": dense,
         "compressed": over_seeds(compressed),
         "baselines": {name: over_seeds(runs) for name, runs in baselines.items()},
@@ -110,15 +85,49 @@ def build(
         "environment": environment(),
         "seeds": seeds,
         "layers": layers,
-        "notes": list(base.notes),
+        "notes": [*notes, *findings.pop("notes", [])],
     }
     if samples:
         report["samples"] = samples
-    findings = dict(findings or {})
-    report["notes"] += findings.pop("notes", [])
     report |= findings
     check_report(report)
     return report
+
+
+def base_row(base: BaseModel) -> dict:
+    """`base_model` of a report that starts from a language model."""
+    row = {key: getattr(base, key) for key in ("id", "revision", "sha256", "parameters", "license")}
+    return row | {"language": languages(base)}
+
+
+def text_data(recipe: Recipe, calibration: Text, texts: dict[str, Text], dense: dict[str, dict]) -> dict:
+    """`data` of a report on a language model: texts calibrated and measured on, tasks, and how much of each."""
+    evaluation = {
+        name: text_row(text, windows=dense[f"perplexity/{name}"]["n"], seqlen=recipe.eval_seqlen)
+        for name, text in texts.items()
+    }
+    tasks = {key.partition("/")[2]: m["n"] for key, m in dense.items() if m["n_of"] == "items"}
+    if tasks:
+        evaluation["tasks"] = {name: task_row(name, items) for name, items in tasks.items()}
+    return {
+        "calibration": text_row(calibration, windows=recipe.nsamples, seqlen=recipe.seqlen),
+        "evaluation": evaluation,
+    }
+
+
+def packed_size(folder: Path, layers: list[dict], baseline_layers: dict[str, list[dict]], itemsize: int) -> dict:
+    """`size` of a report, with that of the baselines, were they packed.
+
+    baseline_layers: {baseline: rows like `layers`}, how its matrices would be packed ("block_out" = "block_in" = r stands
+    for a correction of rank r); gives the baselines their place in the plot.
+    """
+    size = read_checkpoint_sizes(folder)
+    if baseline_layers:
+        rest = size["compressed_bytes"] - sum(layer_bytes(row, itemsize) for row in layers)
+        size["baselines"] = {
+            name: rest + sum(layer_bytes(row, itemsize) for row in rows) for name, rows in baseline_layers.items()
+        }
+    return size
 
 
 def text_row(text: Text, **amount: int) -> dict:

@@ -133,22 +133,23 @@ def write_run(folder: Path, base_id: str = "made-up/Base-Model", kind: str = "ar
         name="armor", settings=lambda: config, device="cpu", dtype="bfloat16", nsamples=3, seqlen=17, eval_seqlen=19
     )
     facts = {"revision": None, "sha256": "ef" * 32, "parameters": 4321, "license": "apache-2.0", "notes": ("made up",)}
+    base = SimpleNamespace(id=base_id, path=packing.base, **facts)
+    rivals = {}
+    if kind == "armor":
+        rivals["wanda"] = [{key: row[key] for key in ("d_out", "d_in", "pattern")} for row in rows]
     report = reports.build(
         recipe=recipe,
-        base=SimpleNamespace(id=base_id, path=packing.base, **facts),
-        calibration=text,
-        texts={"A": text, "B": text},
+        base_model=reports.base_row(base),
+        data=reports.text_data(recipe, text, {"A": text, "B": text}, EXAMPLE["dense"]),
         dense=EXAMPLE["dense"],
         compressed=runs_of(EXAMPLE["compressed"]),
         baselines={name: runs_of(metrics) for name, metrics in EXAMPLE["baselines"].items()},
-        baseline_layers={"wanda": [{key: row[key] for key in ("d_out", "d_in", "pattern")} for row in rows]}
-        if kind == "armor"
-        else None,
+        size=reports.packed_size(folder, rows, rivals, 2),
         speed=EXAMPLE["speed"],
-        folder=folder,
         layers=rows,
         seconds=12.5,
         seeds=EXAMPLE["seeds"],
+        notes=base.notes,
     )
     reports.write(report, folder)
     return folder
