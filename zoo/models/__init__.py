@@ -11,6 +11,7 @@ from .gemma import (
 )
 from .llama import SlimLlamaForCausalLM, SlimLlamaModel
 from .mistral import SlimMistralForCausalLM, SlimMistralModel
+from .mobilenet_v2 import SlimMobileNetV2ForImageClassification, SlimMobileNetV2Model
 from .qwen2 import SlimQwen2ForCausalLM, SlimQwen2Model
 from .qwen3 import SlimQwen3ForCausalLM, SlimQwen3Model
 from .resnet import SlimResNetForImageClassification, SlimResNetModel
@@ -23,6 +24,7 @@ FAMILIES = {
     "gemma3_text": (SlimGemma3Model, SlimGemma3ForCausalLM),
     "llama": (SlimLlamaModel, SlimLlamaForCausalLM),
     "mistral": (SlimMistralModel, SlimMistralForCausalLM),
+    "mobilenet_v2": (SlimMobileNetV2Model, SlimMobileNetV2ForImageClassification),
     "qwen2": (SlimQwen2Model, SlimQwen2ForCausalLM),
     "qwen3": (SlimQwen3Model, SlimQwen3ForCausalLM),
     "resnet": (SlimResNetModel, SlimResNetForImageClassification),

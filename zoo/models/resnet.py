@@ -6,10 +6,9 @@ from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
 from ..errors import UserError
 from .packed import IMAGE_CLASSES, PackedConfigMixin, PackedModelMixin
-from .widths import Groups, WidthsConfigMixin, resize_channels
+from .widths import STEMS, Groups, WidthsConfigMixin, resize_channels
 
 STOCK_REDUCTION = 4  # transformers' own ratio of a bottleneck's outer to its inner width
-STEMS = ("imagenet", "cifar")
 
 
 @strict

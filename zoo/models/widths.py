@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import UserError
 
+STEMS = ("imagenet", "cifar")  # how much the first layers shrink the image
 Groups = dict[str, tuple[str | None, str | None]]  # {module name: (group that it reads, group that it writes)}
 
 
