@@ -87,14 +87,29 @@ def geometric_program(
         t = min(10 * t, final)
 
 
+def width_limits(
+    graph: WidthGraph, *, multiple: int, min_width: int, min_ratio: float, max_ratio: float = 1.0
+) -> dict[str, tuple[int, int]]:
+    """{group: (smallest, largest width)}; both are multiples, but for a base width that is none and stays reachable.
+
+    Trunks never grow beyond their base: wide trunks between thin insides are what the objective likes best and
+    training least.
+    """
+    limits = {}
+    for group, base in graph.widths.items():
+        low = multiple * math.ceil(max(min_width, min_ratio * base) / multiple)
+        high = base if group in graph.trunks else max(base, multiple * math.floor(max_ratio * base / multiple))
+        limits[group] = (min(low, base), high)
+    return limits
+
+
 def fit_widths(
     graph: WidthGraph,
     log_fractions: dict[str, float],
     budget: Budget,
+    limits: dict[str, tuple[int, int]],
     *,
     multiple: int = 1,
-    least: int = 1,
-    most: float = 1.0,
     shift: bool = False,
 ) -> dict[str, int]:
     """Whole widths near exp(log_fraction) of the base ones that use the budget up and do not pass it.
@@ -104,31 +119,20 @@ def fit_widths(
     fits. Of equals the first group. Groups without a log_fraction stay at their base width.
 
     Args:
-        multiple: of which every width is one, unless the base width is not.
-        least: smallest width; `most`: largest one as a fraction of the base.
         shift: add one number to all log_fractions first, such that the budget is just met before rounding.
     Raises: UserError naming the floor if even the smallest widths pass the budget.
     """
-    free = [group for group in graph.groups if group in log_fractions]
-    bounds = {group: _bounds(graph.widths[group], multiple, least, most) for group in free}
-    smallest = graph.widths | {group: low for group, (low, _) in bounds.items()}
-    if not budget.holds(graph.cost(smallest)):
-        params, macs = graph.cost(smallest)
-        raise UserError(
-            f"--budget_params, --budget_flops: even the smallest widths need {params:,} weights and {macs:,} MACs, which"
-            " is more; raise the budget, or lower --min_width, --min_ratio or --width_multiple."
-        )
-    wish = dict(log_fractions)
-    if shift:
-        wish = _shifted(graph, wish, budget, math.log(most))
-    steps = {group: math.exp(wish[group]) * graph.widths[group] / multiple for group in free}
+    bounds = {group: limits[group] for group in graph.groups if group in log_fractions}
+    check_floor(graph, budget, bounds)
+    wish = _shifted(graph, log_fractions, budget, bounds) if shift else log_fractions
     widths = dict(graph.widths)
     for group, (low, high) in bounds.items():
-        widths[group] = min(max(multiple * round(steps[group]), low), high)
+        steps = math.exp(wish[group]) * graph.widths[group] / multiple
+        widths[group] = min(max(multiple * round(steps), low), high)
     incidence = dict(zip(graph.groups, graph.incidence.sum(0), strict=True))
 
     def moves(direction: int):
-        for group in free:
+        for group in bounds:
             moved = widths | {group: _step(widths[group], direction, multiple, bounds[group])}
             if moved[group] != widths[group]:
                 change = abs(incidence[group] * math.log(moved[group] / widths[group]))
@@ -152,10 +156,14 @@ def fit_widths(
         widths[group] = width
 
 
-def _bounds(base: int, multiple: int, least: int, most: float) -> tuple[int, int]:
-    """Smallest and largest width of a group; a base that is no multiple stays reachable."""
-    high = base if most == 1.0 else max(base, multiple * math.floor(most * base / multiple))
-    return min(multiple * math.ceil(least / multiple), base), high
+def check_floor(graph: WidthGraph, budget: Budget, limits: dict[str, tuple[int, int]]) -> None:
+    """Raises: UserError naming what is least if even the smallest widths pass the budget."""
+    params, macs = graph.cost(graph.widths | {group: low for group, (low, _) in limits.items()})
+    if not budget.holds((params, macs)):
+        raise UserError(
+            f"--budget_params, --budget_flops: even the smallest widths need {params:,} weights and {macs:,} MACs, which"
+            " is more; raise the budget, or lower --min_width, --min_ratio or --width_multiple."
+        )
 
 
 def _step(width: int, direction: int, multiple: int, bounds: tuple[int, int]) -> int:
@@ -164,15 +172,18 @@ def _step(width: int, direction: int, multiple: int, bounds: tuple[int, int]) ->
     return min(max(up if direction > 0 else down, bounds[0]), bounds[1])
 
 
-def _shifted(graph: WidthGraph, wish: dict[str, float], budget: Budget, ceiling: float) -> dict[str, float]:
-    """min(ceiling, wish + delta) with the largest delta whose cost, with fractional widths, is within the budget."""
+def _shifted(
+    graph: WidthGraph, wish: dict[str, float], budget: Budget, limits: dict[str, tuple[int, int]]
+) -> dict[str, float]:
+    """wish + delta within limits, with the largest delta whose cost, at fractional widths, is within the budget."""
+    logs = {group: [math.log(width / graph.widths[group]) for width in limits[group]] for group in wish}
 
     def moved(delta: float) -> dict[str, float]:
-        return {group: min(ceiling, value + delta) for group, value in wish.items()}
+        return {group: min(max(value + delta, logs[group][0]), logs[group][1]) for group, value in wish.items()}
 
     def fits(delta: float) -> bool:
-        log_d = np.array([moved(delta).get(group, 0.0) for group in graph.groups])
-        p = np.exp(graph.incidence @ log_d)
+        log_d = moved(delta)
+        p = np.exp(graph.incidence @ [log_d.get(group, 0.0) for group in graph.groups])
         return budget.holds((float(graph.params @ p), float(graph.macs @ p)))
 
     low, high = -50.0, 50.0
