@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -91,6 +92,12 @@ class ImageTensors(torch.utils.data.Dataset):
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
         self._decoded: Tensor | None = None
+
+    def augmented(self, seed: int) -> ImageTensors:
+        """The same images, decoded once for both, augmented."""
+        views = copy.copy(self)
+        views.augment, views.seed, views.epoch = True, seed, 0
+        return views
 
     def __len__(self) -> int:
         return len(self.dataset)
