@@ -35,7 +35,7 @@ from .kernels.build import LEVELS, level
 from .kernels.kv_attention import Part, kv_attention, quantize_channels, quantize_tokens
 from .kernels.kv_attention.reference import dequantize
 from .kernels.packed_linear import packed_linear
-from .layers.packing import pack_linears
+from .layers.packing import pack_layers
 
 SHAPES = [(4096, 4096), (11008, 4096)]
 BLOCK = 64
@@ -253,7 +253,7 @@ def build_model(kind: str) -> nn.Module:
             if kind != "armor":
                 spec = {"format": "packed", "bits": int(kind[-1]), "group_size": GROUP, "zeros": "integer"}
             linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-            pack_linears(model, dict.fromkeys(linears, spec))
+            pack_layers(model, dict.fromkeys(linears, spec))
     rotary = type(model.model.rotary_emb)(ONE_B)
     model.to_empty(device="cpu")
     model.model.rotary_emb = rotary

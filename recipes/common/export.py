@@ -19,7 +19,7 @@ from recipes.common.base_models import open_tensors
 from zoo.checkpoint import CARRIED_FILES, atomic_folder
 from zoo.errors import UserError
 from zoo.kernels.packed_linear.reference import unpack_codes
-from zoo.layers.packing import pack_linears
+from zoo.layers.packing import pack_layers
 
 SHARD_BYTES = 5 * 10**9
 KINDS = {  # how matrices are written; "packed" gives packed bits the type that holds their codes
@@ -96,7 +96,7 @@ def dense_weight(name: str, spec: dict, parts: dict[str, Tensor]) -> Tensor:
         n, m = spec["pattern"]
         columns = parts["values"].shape[1] * m // n
     holder = nn.ModuleDict({"layer": nn.Linear(columns, rows, bias=False, device="meta", dtype=torch.float32)})
-    pack_linears(holder, {"layer": spec})
+    pack_layers(holder, {"layer": spec})
     floats = {part: t.float() if t.is_floating_point() else t for part, t in parts.items()}
     frozen = {part: nn.Parameter(t, requires_grad=False) for part, t in floats.items()}
     holder["layer"].load_state_dict(frozen, assign=True)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from recipes.common.quantizers import rtn
 from recipes.layerwise_quant import LayerwiseQuant, parse_levels, pinned, plan_bits
 from zoo.kernels.packed_linear.reference import pack_codes
-from zoo.layers.packing import pack_linears
+from zoo.layers.packing import pack_layers
 from zoo.spaces import MAX_NEW_TOKENS, MAX_PROMPT, Decoder, encode_chat, find_checkpoint, find_dense
 from zoo.verify import layer_bytes
 
@@ -77,7 +77,7 @@ class Mixtures:
             bits = self.bits(average)
             model = AutoModelForCausalLM.from_config(self.dense.config, dtype=torch.bfloat16)
             specs = {n: spec | {"zeros": "integer", "bits": bits[block_of(n)]} for n, spec in self.modules.items()}
-            pack_linears(model, specs)
+            pack_layers(model, specs)
             rounded = {}
             for name, spec in specs.items():
                 weight = self.dense.get_submodule(name).weight.float()

@@ -8,7 +8,7 @@ from zoo.errors import UserError
 from zoo.kernels.bitmask_linear.reference import pack_bitmask
 from zoo.layers.armor import ArmorLinear
 from zoo.layers.bitmask import BitmaskLinear
-from zoo.layers.packing import pack_linears
+from zoo.layers.packing import pack_layers
 
 KINDS = ("armor", "armor-4:8", "2:4", "1:4", "ragged")
 
@@ -197,10 +197,10 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_pack_linears_builds_like_for_like(device):
+def test_pack_layers_builds_like_for_like(device):
     model = Block(device).eval()
     armor = {"format": "armor", "block_in": 4, "block_out": 8, "pattern": [2, 4]}
-    pack_linears(model, {"up": armor, "inner.0": {"format": "bitmask", "nnz": 7}})
+    pack_layers(model, {"up": armor, "inner.0": {"format": "bitmask", "nnz": 7}})
     assert type(model.up) is ArmorLinear and type(model.inner[0]) is BitmaskLinear
     assert model.up.bias is None and model.inner[0].bias is not None
     assert model.up.core_values.dtype == torch.bfloat16 and model.inner[0].values.dtype == torch.float32
@@ -211,9 +211,9 @@ def test_pack_linears_builds_like_for_like(device):
 @pytest.mark.parametrize(
     ("name", "spec", "message"),
     [
-        ("down", {"format": "armor"}, "module down of the compression config is not a dense linear"),
-        ("inner", {"format": "armor"}, "module inner of the compression config is not a dense linear"),
-        ("up", {"format": "int3"}, "up: weight format 'int3' is unknown; one of armor, bitmask"),
+        ("down", {"format": "armor"}, "module down of the compression config is not a dense layer"),
+        ("inner", {"format": "armor"}, "module inner of the compression config is not a dense layer"),
+        ("up", {"format": "int3"}, "up: weight format 'int3' is unknown for a linear layer; one of armor, bitmask"),
         ("up", {"block_in": 4}, "up: weight format None is unknown"),
         ("up", {"format": "armor", "block_in": 4}, "up: format armor with keys .*block_out"),
         ("up", {"format": "bitmask", "pattern": [2, 4], "group": 1}, "up: format bitmask with keys .*group"),
@@ -227,13 +227,13 @@ def test_pack_linears_builds_like_for_like(device):
         ("up", {"format": "bitmask", "nnz": 1000}, "up: nnz 1000: from 0 to 384"),
     ],
 )
-def test_pack_linears_refuses_what_does_not_fit(name, spec, message):
+def test_pack_layers_refuses_what_does_not_fit(name, spec, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        pack_linears(Block(), {name: spec})
+        pack_layers(Block(), {name: spec})
 
 
-def test_pack_linears_refuses_to_pack_twice():
+def test_pack_layers_refuses_to_pack_twice():
     model = Block()
-    pack_linears(model, {"up": {"format": "bitmask", "nnz": 3}})
-    with pytest.raises(UserError, match="up .*not a dense linear"):
-        pack_linears(model, {"up": {"format": "bitmask", "nnz": 3}})
+    pack_layers(model, {"up": {"format": "bitmask", "nnz": 3}})
+    with pytest.raises(UserError, match="up .*not a dense layer"):
+        pack_layers(model, {"up": {"format": "bitmask", "nnz": 3}})

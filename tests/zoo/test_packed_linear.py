@@ -12,7 +12,7 @@ from zoo.kernels.packed_linear import packed_linear
 from zoo.kernels.packed_linear.reference import SECTIONS, dequantize, pack_codes, unpack_codes
 from zoo.kernels.packed_linear.reference import packed_linear as definition
 from zoo.layers.packed_bits import PackedBitsLinear
-from zoo.layers.packing import pack_linears
+from zoo.layers.packing import pack_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = build.LEVELS[: build.library("bitmask_linear").slimzoo_level() + 1]
@@ -175,7 +175,7 @@ def test_the_layer_packs_loads_and_validates(kind):
     g = torch.Generator().manual_seed(0)
     _, (qweight, scales, zeros) = weights(24, 64, 3, 32, kind, torch.bfloat16, g)
     model = nn.Sequential(nn.Linear(64, 24, dtype=torch.bfloat16))
-    pack_linears(model, {"0": {"format": "packed", "bits": 3, "group_size": 32, "zeros": kind}})
+    pack_layers(model, {"0": {"format": "packed", "bits": 3, "group_size": 32, "zeros": kind}})
     layer = model[0]
     assert isinstance(layer, PackedBitsLinear) and layer.dtype == torch.bfloat16 and layer.bias is not None
     state = {"0.qweight": qweight, "0.scales": scales, "0.bias": torch.randn(24, generator=g).bfloat16()}
@@ -201,4 +201,4 @@ def test_the_layer_packs_loads_and_validates(kind):
 def test_impossible_formats_name_the_module(spec):
     model = nn.Sequential(nn.Linear(64, 24))
     with pytest.raises(UserError, match="^0: "):
-        pack_linears(model, {"0": {"format": "packed", "bits": 4, "group_size": 32, "zeros": "none"} | spec})
+        pack_layers(model, {"0": {"format": "packed", "bits": 4, "group_size": 32, "zeros": "none"} | spec})

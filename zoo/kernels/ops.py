@@ -51,6 +51,16 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def define_plain(name: str, schema: str, compute: Callable, shape: Callable) -> Callable[..., Tensor]:
+    """As `define`, for an operation on weights alone, which has no gradient."""
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        full = f"{NAMESPACE}::{name}"
+        torch.library.define(full, schema)
+        torch.library.impl(full, "default", compute)
+        torch.library.register_fake(full, shape)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def linear_shape(x: Tensor, d_out: int) -> Tensor:
     """An empty result (..., d_out) for x (..., d_in)."""
     return x.new_empty(*x.shape[:-1], d_out)

@@ -50,12 +50,8 @@ class BitmaskLinear(PackedLinear):
             self.bias.zero_()
         if self.pattern:
             self.mask.copy_(valid_mask(self.out_features, self.in_features, self.pattern, self.mask.device))
-        else:  # the first nnz positions, row after row
-            starts = torch.arange(self.out_features + 1, device=self.mask.device) * self.in_features
-            self.row_offsets.copy_(starts.clamp(max=self.values.numel()))
-            first = 8 * torch.arange(self.mask.shape[1], device=self.mask.device)
-            free = (self.row_offsets.diff().unsqueeze(1) - first).clamp(0, 8)
-            self.mask.copy_((2**free - 1).to(torch.uint8))
+        else:
+            keep_first(self.mask, self.row_offsets, self.values.numel(), self.in_features)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return bitmask_linear(x, self.values, self.mask, self.bias, self.row_offsets)
@@ -67,13 +63,26 @@ class BitmaskLinear(PackedLinear):
     def validate(self, name: str) -> None:
         """Raise UserError, naming the tensor, if the packed tensors contradict each other or are not finite."""
         self.check_finite(name)
-        counts = self.pattern
-        if not self.pattern:
-            counts = self.row_offsets.diff()
-            if self.row_offsets[0] != 0 or self.row_offsets[-1] != self.values.numel() or (counts < 0).any():
-                raise UserError(f"{name}.row_offsets do not rise from 0 to {self.values.numel()}; {REBUILD}.")
+        counts = self.pattern or check_offsets(f"{name}.row_offsets", self.row_offsets, self.values.numel())
         check_mask(f"{name}.mask", self.mask, self.in_features, counts)
 
     def extra_repr(self) -> str:
         kept = "{}:{}".format(*self.pattern) if self.pattern else f"nnz={self.values.numel()}"
         return f"{super().extra_repr()}, {kept}"
+
+
+def keep_first(mask: torch.Tensor, row_offsets: torch.Tensor, nnz: int, d_in: int) -> None:
+    """Make mask and offsets of an unstructured weight (d_out, d_in) say that its first nnz positions are kept."""
+    starts = torch.arange(len(row_offsets), device=mask.device) * d_in
+    row_offsets.copy_(starts.clamp(max=nnz))
+    first = 8 * torch.arange(mask.shape[1], device=mask.device)
+    free = (row_offsets.diff().unsqueeze(1) - first).clamp(0, 8)
+    mask.copy_((2**free - 1).to(torch.uint8))
+
+
+def check_offsets(name: str, row_offsets: torch.Tensor, nnz: int) -> torch.Tensor:
+    """The number kept in each row, int64 (d_out,); UserError unless the offsets rise from 0 to nnz."""
+    counts = row_offsets.diff()
+    if row_offsets[0] != 0 or row_offsets[-1] != nnz or (counts < 0).any():
+        raise UserError(f"{name} do not rise from 0 to {nnz}; {REBUILD}.")
+    return counts

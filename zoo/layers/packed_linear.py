@@ -1,4 +1,5 @@
-"""What every packed layer shares: it takes the place of an nn.Linear and computes a dense weight only on request."""
+"""What every packed layer shares: it takes the place of an nn.Linear or nn.Conv2d and computes a dense weight only on
+request."""
 
 import torch
 from torch import nn
@@ -8,8 +9,8 @@ from ..errors import UserError
 
 
 class DenseView(torch.Tensor):
-    """The dense weight of a packed layer, (out_features, in_features): shape, dtype and device are free, the numbers
-    are computed by the operation that reads them, and writing is refused because nothing would keep what is written.
+    """The dense weight of a packed layer: shape, dtype and device are free, the numbers are computed by the operation
+    that reads them, and writing is refused because nothing would keep what is written.
 
     Adapters (peft) look at `layer.weight` of every linear layer for its device and dtype; a real tensor would be
     decompressed for each look, and `weight.data += update` (peft's merge) would be lost without a word.
@@ -17,9 +18,7 @@ class DenseView(torch.Tensor):
 
     @staticmethod
     def __new__(cls, layer):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.dtype, device=layer.device
-        )
+        return torch.Tensor._make_wrapper_subclass(cls, layer.weight_shape, dtype=layer.dtype, device=layer.device)
 
     def __init__(self, layer):
         self.layer = layer
@@ -50,23 +49,20 @@ def _refuse_write():
     )
 
 
-class PackedLinear(nn.Linear):
-    """Base of the layers that hold packed weights; an nn.Linear to whoever asks (peft does), without its weight.
+class PackedLayer:
+    """Mixed in before nn.Linear or nn.Conv2d: to whoever asks (peft does) it is one, without its weight.
 
     Tensors are frozen parameters rather than buffers: so device maps may offload them and `dtype=` casts the floats,
     while uint8 masks keep their type. Subclasses set `values_name` (the tensor of kept weights) and define
-    `product(x: (..., in_features)) -> (..., out_features)` for x of the layer's dtype, `dense_weight() ->
-    (out_features, in_features)`, `reset_parameters()` (a valid packing of the zero matrix) and `validate(name)`, which
-    raises UserError.
+    `weight_shape`, `product(x) -> y` for x of the layer's dtype, `dense_weight() -> weight_shape`, `reset_parameters()`
+    (a valid packing of the zero matrix) and `validate(name)`, which raises UserError.
     """
 
     values_name: str
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
-        self.in_features = in_features
-        self.out_features = out_features
-        self._is_hf_initialized = True  # transformers initialises linears at random while loading: not this one
+        self._is_hf_initialized = True  # transformers initialises layers at random while loading: not this one
 
     def add_tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device) -> None:
         """Register a frozen, uninitialised tensor."""
@@ -99,6 +95,64 @@ class PackedLinear(nn.Linear):
                 continue
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # both propagate NaN; one pass, no temporaries
                 raise UserError(f"{name}.{key} holds NaN or Inf; {REBUILD}.")
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """Base of the linear layers that hold packed weights: product(x: (..., in_features)) -> (..., out_features)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the weight as a matrix."""
+        return self.weight_shape
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """Base of the convolutions that hold packed weights: product(x: (B, in_channels, H, W)) -> (B, out_channels, H', W').
+
+    Their formats see the weight as a matrix (d_out, d_in) = (out_channels, in_channels / groups * kh * kw).
+    Args: as of nn.Conv2d; borders are padded with zeros. Raises: UserError for another `padding_mode`.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros"
+    ):
+        super().__init__()
+        if padding_mode != "zeros":
+            raise UserError(f"padding_mode {padding_mode!r}: packed convolutions pad with zeros.")
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise UserError(f"groups {groups}: a divisor of {in_channels} and {out_channels} channels is needed.")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.groups, self.padding_mode = groups, padding_mode
+        self.kernel_size, self.stride, self.dilation = map(_pair, (kernel_size, stride, dilation))
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.output_padding, self.transposed = (0, 0), False  # read by nn.Conv2d's repr
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the weight as a matrix."""
+        return self.out_channels, self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    def convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The convolution that this layer stands for, with a dense weight of `weight_shape`."""
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return nn.functional.conv2d(x, weight, self.bias, *geometry)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 REBUILD = "the file is damaged, download or build the checkpoint again"

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..bundle import bundle_stem, write_bundle
 from ..errors import UserError
-from ..layers.packed_linear import REBUILD, PackedLinear
-from ..layers.packing import pack_linears
+from ..layers.packed_linear import REBUILD, PackedLayer
+from ..layers.packing import pack_layers
 
 FORMAT_VERSION = 1
 IMAGE_CLASSES = {"AutoModel": "Model", "AutoModelForImageClassification": "ForImageClassification"}
@@ -64,7 +64,7 @@ class PackedModelMixin:
         if self.base_model is self:  # the names are those in the model with its head
             prefix = f"{self.base_model_prefix}."
             modules = {name.removeprefix(prefix): spec for name, spec in modules.items() if name.startswith(prefix)}
-        pack_linears(self, modules)
+        pack_layers(self, modules)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -84,7 +84,7 @@ class PackedModelMixin:
                 "this transformers does not say which tensors are missing: install one from 5.20 to 5.24."
             )
         for name, layer in model.named_modules():
-            if isinstance(layer, PackedLinear):
+            if isinstance(layer, PackedLayer):
                 layer.requires_grad_(False)
                 if layer.device.type != "meta":  # offloaded to disk: read later, layer by layer
                     layer.validate(name)

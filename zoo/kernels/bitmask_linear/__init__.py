@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check_floats, define, linear_shape, on_gpu, scratch
-from .gpu import bitmask_linear_triton
+from ..ops import FLOATS, SKINNY, check_floats, define, define_plain, linear_shape, on_gpu, scratch
+from .gpu import bitmask_linear_triton, expand_triton
 from .reference import bitmask_linear as bitmask_linear_reference
 from .reference import unpack_bitmask
 
@@ -107,3 +107,45 @@ def bitmask_linear(
     if not (bias is None or bias.shape == (d_out,)):
         raise ValueError(f"bitmask_linear: bias must be ({d_out},)")
     return _op(x, values, mask, bias, row_offsets)
+
+
+def _expand(values: Tensor, mask: Tensor, row_offsets: Tensor, d_in: int) -> Tensor:
+    if on_gpu(values):
+        return expand_triton(values, mask, d_in, row_offsets, values.dtype)
+    lib = library("bitmask_linear") if values.device.type == "cpu" else None
+    if lib is None or values.numel() == 0:
+        return unpack_bitmask(values, mask, d_in, row_offsets)
+    values, mask, out = values.contiguous(), mask.contiguous(), values.new_empty(len(mask), d_in)
+    lib.slimzoo_bitmask_expand(
+        *map(pointer, (values, mask, row_offsets, out)),
+        *integers(0, len(mask), d_in, 0),
+        DTYPES[values.dtype],
+        level(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_expand_op = define_plain(
+    "bitmask_expand",
+    "(Tensor values, Tensor mask, Tensor row_offsets, int d_in) -> Tensor",
+    _expand,
+    lambda values, mask, row_offsets, d_in: values.new_empty(mask.shape[0], d_in),
+)
+
+
+def bitmask_expand(values: Tensor, mask: Tensor, row_offsets: Tensor, d_in: int) -> Tensor:
+    """The dense weight (d_out, d_in) of an unstructured one, in the dtype of `values`; it carries no gradient.
+
+    Args: values (nnz,) fp32, bf16 or fp16; mask uint8 (d_out, ceil(d_in / 8)); row_offsets int64 (d_out + 1,). That they
+    belong together is for the caller to know. Raises: ValueError when shapes or dtypes do not fit.
+    """
+    if values.dtype not in FLOATS or values.ndim != 1:
+        raise ValueError(
+            f"bitmask_expand: values {values.dtype} {tuple(values.shape)}; 1-D fp32, bf16 or fp16 is needed"
+        )
+    if mask.dtype != torch.uint8 or mask.ndim != 2 or mask.shape[1] != -(-d_in // 8):
+        raise ValueError(f"bitmask_expand: mask must be uint8 (d_out, {-(-d_in // 8)})")
+    if row_offsets.dtype != torch.int64 or row_offsets.shape != (len(mask) + 1,):
+        raise ValueError(f"bitmask_expand: row_offsets must be int64 ({len(mask) + 1},)")
+    return _expand_op(values, mask, row_offsets, d_in)
