@@ -83,10 +83,14 @@ class VisionRecipe(Recipe):
         metadata={"help": "measure with this many seeds (seed, seed+1, …); the checkpoint is the first one's"},
     )
 
-    method = "abstract"  # name of the recipe's own variant
     trains = True  # whether the report's models are trained on `dataset`, rather than only calibrated
 
     # ---------------------------------------------------------------------- what a recipe of this kind gives
+
+    @property
+    def method(self) -> str:
+        """Name of the recipe's own variant."""
+        return self.name
 
     def rivals(self) -> list[str]:
         """Every name that --baselines takes, in the order of the report."""
