@@ -93,6 +93,7 @@ class Armor(LayerwiseRecipe):
     refit: str = field(
         default="A+S", metadata={"help": "full-Hessian refit after the loop", "choices": ["A+S", "A", "none"]}
     )
+    refit_steps: int = field(default=30, metadata={"help": "conjugate-gradient steps of the refit of S"})
 
     paper_title = "ARMOR: High-Performance Semi-Structured Pruning via Adaptive Matrix Factorization"
     arxiv = "2510.05528"
@@ -108,6 +109,8 @@ class Armor(LayerwiseRecipe):
             raise UserError(f"--lr {self.lr}: a learning rate above 0 is needed. Try --lr 1e-3, the default.")
         if not 0 < self.max_overhead < 1:
             raise UserError(f"--max-overhead {self.max_overhead}: a fraction between 0 and 1 is needed.")
+        if self.refit_steps < 1:
+            raise UserError(f"--refit-steps {self.refit_steps}: 1 or more is needed; --refit A leaves S alone.")
         if self.groups_per_block < 1:
             raise UserError(f"--groups-per-block {self.groups_per_block}: 1 or more is needed.")
         if self.continuous not in ("adam", "gd", "als"):
@@ -153,7 +156,7 @@ class Armor(LayerwiseRecipe):
         variants = {}
         if self.refit != "none":
             variants["armor-no-refit"] = Variant({}, losses, block_diag_product(A, S, B))
-            A, S = refit(weight, stats.hessian, A, S, factors.M, B, self.refit)
+            A, S = refit(weight, stats.hessian, A, S, factors.M, B, self.refit, self.refit_steps)
         spec = {"format": "armor", "block_out": b_out, "block_in": b_in, "pattern": [self.n, self.m]}
         variants["armor"] = Variant(self.pack(A, S, factors.M, B), losses, block_diag_product(A, S, B), spec)
         return variants
@@ -540,7 +543,7 @@ def rebalance(A: Tensor, S: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def refit(
-    W: Tensor, H: Tensor | None, A: Tensor, S: Tensor, M: Tensor, B: Tensor, what: str, cg_steps: int = 30
+    W: Tensor, H: Tensor | None, A: Tensor, S: Tensor, M: Tensor, B: Tensor, what: str, cg_steps: int
 ) -> tuple[Tensor, Tensor]:
     """Step 7 [section 10.1]: lowers tr((ASB - W) H (ASB - W)^T) by A in closed form, then by S with its mask fixed.
 

@@ -3,9 +3,9 @@ compressed by the very loop that recipes run. `make bench-scale`, or
 
 python -m recipes.common.scale [--blocks 3] [--folder runs/random-7b]
 
-Prints the peak resident memory, the seconds of a block at ITERS iterations of ARMOR's loop, the seconds of an iteration,
-and what the whole model would take at the recipe's own number of them; the refit is whole. Writes 13.5 GB once; --folder
-is kept for the next time.
+Prints the peak resident memory, the seconds of a block at STEPS iterations of ARMOR's loop and of its refit, the seconds
+of one more of each, and what the whole model would take at the recipe's own numbers of them. Writes 13.5 GB once;
+--folder is kept for the next time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from recipes.common.pruners import normalize
 from recipes.common.streaming import MatrixStore, StreamedModel, compress_blocks
 from zoo.checkpoint import atomic_folder
 
-ITERS = 2
+STEPS = 2  # of the loop, and of the refit
 SEVEN_B = LlamaConfig(  # LLaMA-2-7B's shape: 6.7 B parameters
     hidden_size=4096,
     intermediate_size=11008,
@@ -87,9 +87,11 @@ def compress_first_blocks(folder: Path, recipe: Armor, blocks: int) -> float:
         return time.perf_counter() - began
 
 
-def iteration_seconds(folder: Path, recipe: Armor) -> float:
-    """Seconds of one iteration for all matrices of a block, one thread each and as many at a time as there are threads."""
-    model, seconds, threads = StreamedModel(folder), 0.0, torch.get_num_threads()
+def step_seconds(folder: Path, recipe: Armor) -> tuple[float, float]:
+    """Seconds of one iteration of the loop, and of one step of the refit, for all matrices of a block, one thread each and
+    as many at a time as there are threads. A step of the refit is its product with a d_in x d_in matrix.
+    """
+    model, loop, refit, threads = StreamedModel(folder), 0.0, 0.0, torch.get_num_threads()
     model.load_block(0)
     torch.set_num_threads(1)
     for module in model.linears(0).values():
@@ -99,9 +101,13 @@ def iteration_seconds(folder: Path, recipe: Armor) -> float:
         factors = init_nowag(W_bar, d, b_out, b_in, 2, 4)
         began = time.perf_counter()
         optimise(factors, W_bar, d, recipe, torch.Generator().manual_seed(0))
-        seconds += (time.perf_counter() - began) / recipe.iters
+        loop += (time.perf_counter() - began) / recipe.iters
+        Q = torch.rand(W_bar.shape[1], W_bar.shape[1])
+        began = time.perf_counter()
+        W_bar @ Q
+        refit += time.perf_counter() - began
     torch.set_num_threads(threads)
-    return seconds / threads
+    return loop / threads, refit / threads
 
 
 @torch.no_grad()
@@ -117,15 +123,19 @@ def main() -> None:
         write_random_model(flags.folder, SEVEN_B)
     size = sum(path.stat().st_size for path in flags.folder.glob("*.safetensors"))
     print(f"{flags.folder}: {size / 1e9:.1f} GB on disk")
-    recipe = Armor(iters=ITERS)
+    recipe = Armor(iters=STEPS, refit_steps=STEPS)
     seconds = compress_first_blocks(flags.folder, recipe, flags.blocks) / flags.blocks
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak resident memory over {flags.blocks} blocks: {peak / 2**30:.2f} GiB", flush=True)
-    per_iteration = iteration_seconds(flags.folder, recipe)
-    block = seconds + (Armor.iters - ITERS) * per_iteration
-    print(f"a block takes {seconds - ITERS * per_iteration:.0f} s and {per_iteration:.1f} s per iteration")
+    loop, refit = step_seconds(flags.folder, recipe)
+    rest = seconds - STEPS * (loop + refit)
+    print(f"a block takes {rest:.0f} s, {loop:.1f} s per iteration and {refit:.1f} s per step of the refit")
+    block = rest + Armor.iters * loop + Armor.refit_steps * refit
     hours = math.ceil(SEVEN_B.num_hidden_layers * block / 360) / 10
-    print(f"projected: {SEVEN_B.num_hidden_layers} blocks at {Armor.iters} iterations in {hours:.1f} hours")
+    print(
+        f"projected: {SEVEN_B.num_hidden_layers} blocks at {Armor.iters} iterations and {Armor.refit_steps} steps in"
+        f" {hours:.1f} hours"
+    )
 
 
 if __name__ == "__main__":
