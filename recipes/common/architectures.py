@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from zoo.errors import UserError
 from zoo.models import slim_class_for
 from zoo.models.resnet import SlimResNetConfig, cifar_resnet_config
+from zoo.models.vgg import DEPTHS, cifar_vgg_config
 
 IMAGENET_RESNETS = {  # depth: (kind of block, blocks of each stage, width of the first stage)
     18: ("basic", [2, 2, 2, 2], 64),
@@ -19,7 +20,7 @@ IMAGENET_RESNETS = {  # depth: (kind of block, blocks of each stage, width of th
 }
 KNOWN = (
     "resnet-N (N = 6n + 2, for small images) and resnet-N-W of another width, resnet-18, -34, -50, -101, wrn-50-2,"
-    " a folder or a Hub id"
+    " vgg-11, -13, -16, -19 (for small images), a folder or a Hub id"
 )
 
 
@@ -42,6 +43,9 @@ def architecture(name: str, num_labels: int, image_size: int):
     """The config of `fresh_model`."""
     if name == "wrn-50-2":
         return _imagenet_resnet(50, num_labels, image_size, reduction=2)
+    found = re.fullmatch(r"vgg-(\d+)", name)
+    if found and int(found[1]) in DEPTHS:
+        return cifar_vgg_config(int(found[1]), num_labels, image_size)
     found = re.fullmatch(r"resnet-(\d+)(?:-(\d+))?", name)
     if found:
         depth, width = int(found[1]), int(found[2] or 16)

@@ -15,10 +15,20 @@ from .mobilenet_v2 import SlimMobileNetV2ForImageClassification, SlimMobileNetV2
 from .qwen2 import SlimQwen2ForCausalLM, SlimQwen2Model
 from .qwen3 import SlimQwen3ForCausalLM, SlimQwen3Model
 from .resnet import SlimResNetForImageClassification, SlimResNetModel
-from .vit import SlimDeiTForImageClassification, SlimDeiTModel, SlimViTForImageClassification, SlimViTModel
+from .swin import SlimSwinForImageClassification, SlimSwinModel
+from .vgg import SlimVGGForImageClassification, SlimVGGModel
+from .vit import (
+    SlimDeiTForImageClassification,
+    SlimDeiTModel,
+    SlimDistilledDeiTForImageClassification,
+    SlimDistilledDeiTModel,
+    SlimViTForImageClassification,
+    SlimViTModel,
+)
 
 FAMILIES = {
     "deit": (SlimDeiTModel, SlimDeiTForImageClassification),
+    "deit_distilled": (SlimDistilledDeiTModel, SlimDistilledDeiTForImageClassification),
     "gemma": (SlimGemmaModel, SlimGemmaForCausalLM),
     "gemma2": (SlimGemma2Model, SlimGemma2ForCausalLM),
     "gemma3_text": (SlimGemma3Model, SlimGemma3ForCausalLM),
@@ -28,8 +38,11 @@ FAMILIES = {
     "qwen2": (SlimQwen2Model, SlimQwen2ForCausalLM),
     "qwen3": (SlimQwen3Model, SlimQwen3ForCausalLM),
     "resnet": (SlimResNetModel, SlimResNetForImageClassification),
+    "vgg": (SlimVGGModel, SlimVGGForImageClassification),
+    "swin": (SlimSwinModel, SlimSwinForImageClassification),
     "vit": (SlimViTModel, SlimViTForImageClassification),
-}  # stock model_type -> our base model and our model with its head; their `config_class` has the new model_type
+}  # stock model_type -> our base model and our model with its head; their `config_class` has the new model_type. Of two
+# stock heads under one type, deit, the second has a name of ours.
 
 
 def slim_class_of(config) -> type:
