@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     DeiTModel,
     ViTConfig,
     ViTForImageClassification,
@@ -41,3 +42,18 @@ class SlimDeiTModel(PackedModelMixin, DeiTModel):
 
 class SlimDeiTForImageClassification(PackedModelMixin, DeiTForImageClassification):
     config_class = SlimDeiTConfig
+
+
+@strict
+class SlimDistilledDeiTConfig(SlimDeiTConfig):
+    """Of a DeiT that was trained with a teacher: a type of its own, because it has two heads and averages them."""
+
+    model_type = "slim_deit_distilled"
+
+
+class SlimDistilledDeiTModel(PackedModelMixin, DeiTModel):
+    config_class = SlimDistilledDeiTConfig
+
+
+class SlimDistilledDeiTForImageClassification(PackedModelMixin, DeiTForImageClassificationWithTeacher):
+    config_class = SlimDistilledDeiTConfig
