@@ -68,8 +68,9 @@ class ImageTensors(torch.utils.data.Dataset):
 
     With `augment`, images up to 64 pixels are shifted by up to an eighth of their side over reflected borders and
     mirrored (pad 4 at 32 pixels, as usual for CIFAR), larger ones are cropped at random, resized and mirrored. What is
-    drawn for a batch depends on the seed, the epoch (`set_epoch`, which Trainer calls) and the rows in the batch only,
-    so a resumed run sees the images that the uninterrupted one would have seen.
+    drawn for a batch depends on the seed and on which rows are in the batch, in which order, and on nothing else: so a
+    resumed run, on any number of processes, sees the images that the uninterrupted one would have seen. Shuffling makes
+    the batches of every epoch different; batches of a single image would repeat.
 
     Args:
         dataset: with a column `image`, and `label` where labels are known.
@@ -86,7 +87,6 @@ class ImageTensors(torch.utils.data.Dataset):
                 " [0, 1] are supported."
             )
         self.dataset, self.processor, self.augment, self.seed = dataset, processor, augment, seed
-        self.epoch = 0
         self.labels = torch.tensor(dataset["label"][:]) if "label" in dataset.features else None  # (N,) int64
         self.size = tuple(self._process([Image.new("RGB", (256, 256))]).shape[-2:])  # (H, W)
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
@@ -101,9 +101,6 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         return self.__getitems__([row])[0]
@@ -128,7 +125,7 @@ class ImageTensors(torch.utils.data.Dataset):
         """(B, 3, H, W) float32 in [0, 1] of these rows, augmented if the data set is."""
         if not self.augment:
             return self._views(rows).float() / 255
-        generator = Generator().manual_seed(module_seed(self.seed, f"images/{self.epoch}/{rows}"))
+        generator = Generator().manual_seed(module_seed(self.seed, f"images/{rows}"))
         if max(self.size) <= LARGEST_SMALL:
             views = shift_and_mirror(self._views(rows), max(self.size) // 8, generator)
         else:
