@@ -42,7 +42,7 @@ def measure_images(
     """The metrics `which` (of `METRICS`) of a classifier on the test images: {"accuracy": M, "auroc/uniform": M, …}.
 
     Args:
-        model: called as model(pixel_values=…), with `.logits` in its output.
+        model: called as model(pixel_values=…), with `.logits` in its output; attacks differentiate it.
         processor: the model's; see `ImageTensors`.
         batch_size: images per forward pass.
         attacked: test images that are attacked, evenly spread; None for all. An attack costs 2 passes, PGD 22.
@@ -351,8 +351,8 @@ def pgd(
 
 
 def _gradient(model: nn.Module, normalize: Callable, pixels: Tensor, labels: Tensor) -> Tensor:
-    """d sum(CE) / d pixels, on the CPU."""
+    """d sum(CE) / d pixels, on the CPU. In double precision a softmax of nearly 1 still has a gradient."""
     pixels = pixels.detach().requires_grad_()
-    logits = _logits(model, normalize(pixels))
+    logits = _logits(model, normalize(pixels)).double()
     loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
     return torch.autograd.grad(loss, pixels)[0]
