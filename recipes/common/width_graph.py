@@ -19,11 +19,15 @@ from torch import nn
 
 from recipes.common.densities import prunable_layers
 from zoo.errors import UserError
-from zoo.models import mobilenet_v2, resnet
+from zoo.models import mobilenet_v2, resnet, vgg
 from zoo.models.widths import base_widths
 
-CHANNEL_GROUPS = {"resnet": resnet.channel_groups, "mobilenet_v2": mobilenet_v2.channel_groups}
-TRUNKS = {"resnet": r"embedder|stages\.\d+", "mobilenet_v2": r".*\.reduce_1x1"}  # groups that leave a block
+CHANNEL_GROUPS = {
+    "resnet": resnet.channel_groups,
+    "mobilenet_v2": mobilenet_v2.channel_groups,
+    "vgg": vgg.channel_groups,
+}
+TRUNKS = {"resnet": r"embedder|stages\.\d+", "mobilenet_v2": r".*\.reduce_1x1"}  # groups that leave a block; VGG: none
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,13 @@ class WidthGraph:
 
 
 def width_graph(model: nn.Module, image_size: int) -> WidthGraph:
-    """The graph of a ResNet or MobileNetV2 classifier, stock or ours, for square images of this side.
+    """The graph of a ResNet, MobileNetV2 or VGG classifier, stock or ours, for square images of this side.
 
     Raises: UserError naming the supported families for any other model.
     """
     family = model.config.model_type.removeprefix("slim_")
     if family not in CHANNEL_GROUPS:
-        raise UserError(f"model_type {family!r}: channels can be cropped in {' and '.join(CHANNEL_GROUPS)} only.")
+        raise UserError(f"model_type {family!r}: channels can be cropped in {', '.join(CHANNEL_GROUPS)} only.")
     groups = CHANNEL_GROUPS[family](model)
     empty = copy.deepcopy(model).to("meta")
     costs = prunable_layers(empty, torch.empty(1, model.config.num_channels, image_size, image_size, device="meta"))
@@ -117,4 +121,4 @@ def width_graph(model: nn.Module, image_size: int) -> WidthGraph:
         for name, (source, target) in groups.items()
     )
     widths = base_widths(model, groups)
-    return WidthGraph(layers, widths, frozenset(group for group in widths if re.fullmatch(TRUNKS[family], group)))
+    return WidthGraph(layers, widths, frozenset(group for group in widths if re.fullmatch(TRUNKS.get(family, ""), group)))
