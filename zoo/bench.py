@@ -5,7 +5,8 @@ python -m zoo.bench [--quick] [--only PART] [--output runs/bench.json]
 Rivals take turns within each round and medians are compared, so that a busy machine slows all alike. Weights rotate
 through copies that together exceed the last-level cache, and two rivals of a round never read the same copy.
 `fraction_of_bound` is bytes / read bandwidth / time, with the bandwidth of a sum over 128 MiB that takes its turn among
-the rivals; a kernel that reads better than the sum exceeds 1.
+the rivals; a kernel that reads better than the sum exceeds 1. Arithmetic bounds block_sparse_linear: there it is the
+time that torch's dense product would need for the kept blocks alone, over the time taken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from .kernels.armor_linear import armor_linear
 from .kernels.bitmask_linear import bitmask_linear
 from .kernels.bitmask_linear.reference import pack_bitmask
 from .kernels.block_diagonal_linear import block_diagonal_linear
+from .kernels.block_sparse_linear import block_sparse_linear
+from .kernels.block_sparse_linear.reference import pack_blocks
 from .kernels.build import LEVELS, level
 from .kernels.kv_attention import Part, kv_attention, quantize_channels, quantize_tokens
 from .kernels.kv_attention.reference import dequantize
@@ -50,6 +54,8 @@ KV_FORMATS = [  # name, (key bits, value bits), keys by channel
     ("kv_attention KIVI 4", (4, 4), True),
     ("kv_attention KIVI 2", (2, 2), True),
 ]
+VIT_SHAPES = [(768, 768), (3072, 768), (768, 3072)]  # ViT-B: projections, fc1, fc2
+VIT_TOKENS = (1, 8, 197, 8 * 197)  # the last two: one image of 224 x 224, and eight
 KV_BATCHES = [(1, 8192), (1, 32768), (8, 8192)]
 CACHE_BYTES = 128 << 20  # more than any last-level cache the copies could hide in
 READ_BYTES = 128 << 20
@@ -190,6 +196,33 @@ def bench_packed(d_out: int, d_in: int, batch: int, repeats: int) -> list[dict]:
     )
     sizes = {op: sum(w.nbytes for w in packed[int(op.split()[1])][0]) for op in seconds if op not in rivals}
     return rows_of(sizes, d_out, d_in, batch, seconds, bandwidth)
+
+
+def bench_blocks(d_out: int, d_in: int, tokens: int, dtype: torch.dtype, repeats: int) -> list[dict]:
+    """Rows for block_sparse_linear with half of the blocks of 16, 32 and 64 kept, equally many in each block-row, against
+    torch's dense product and, for blocks of 32 in fp32, its product with the same BSR weight. One copy of each: where
+    arithmetic is the bound, no cache helps."""
+    x, dense, bias = (torch.randn(shape).to(dtype) for shape in ((tokens, d_in), (d_out, d_in), (d_out,)))
+    packed = {
+        size: pack_blocks(dense, torch.rand(d_out // size, d_in // size).argsort(-1) < d_in // size // 2, (size, size))
+        for size in (16, 32, 64)
+    }
+    blocks, crow, col = packed[32].values()
+    with warnings.catch_warnings(action="ignore"):  # torch calls BSR a beta
+        bsr = torch.sparse_bsr_tensor(crow, col, blocks, (d_out, d_in), check_invariants=True)
+
+    def run(size: int) -> Callable[[int], object]:
+        return lambda _: block_sparse_linear(x, **packed[size], bias=bias, d_out=d_out)
+
+    name = str(dtype).removeprefix("torch.")
+    ours = {f"block_sparse_linear {size} {name}": run(size) for size in packed}
+    peers = {f"torch {name}": lambda _: nn.functional.linear(x, dense, bias)}
+    if dtype == torch.float32:  # the only one that torch's CPU product takes
+        peers["torch BSR"] = lambda _: nn.functional.linear(x, bsr, bias)
+    seconds, bandwidth = rounds(peers | ours, repeats)
+    sizes = {op: sum(t.nbytes for t in packed[int(op.split()[1])].values()) for op in ours}
+    rows = rows_of(sizes, d_out, d_in, tokens, seconds, bandwidth)
+    return [row | {"dtype": name, "fraction_of_bound": row["ratio_to"][f"torch {name}"] / 2} for row in rows]
 
 
 def bench_attention(batch: int, tokens: int, repeats: int) -> list[dict]:
@@ -342,7 +375,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats: figures are rough")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
-    parser.add_argument("--only", choices=["linear", "attention", "model"], help="one part (default: all)")
+    parser.add_argument(
+        "--only", choices=["linear", "block_sparse", "attention", "model"], help="one part (default: all)"
+    )
     parser.add_argument("--model", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=24, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -363,6 +398,11 @@ def main() -> None:
                 repeats = 3 if flags.quick else 40 if batch < 512 else 7
                 add(bench_kernels(d_out, d_in, batch, repeats))
                 add(bench_packed(d_out, d_in, batch, repeats))
+    if flags.only in (None, "block_sparse"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for d_out, d_in in VIT_SHAPES:
+                for tokens in VIT_TOKENS:
+                    add(bench_blocks(d_out, d_in, tokens, dtype, 3 if flags.quick else 40 if tokens <= 8 else 7))
     if flags.only in (None, "attention"):
         for batch, tokens in KV_BATCHES:
             add(bench_attention(batch, tokens, 3 if flags.quick else 15))

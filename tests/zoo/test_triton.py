@@ -19,6 +19,8 @@ from zoo.kernels.bitmask_linear import gpu as bitmask_gpu
 from zoo.kernels.bitmask_linear.reference import bitmask_linear, pack_bitmask
 from zoo.kernels.block_diagonal_linear import gpu as block_gpu
 from zoo.kernels.block_diagonal_linear.reference import block_diagonal_linear
+from zoo.kernels.block_sparse_linear import gpu as block_sparse_gpu
+from zoo.kernels.block_sparse_linear.reference import block_sparse_linear, pack_blocks
 from zoo.kernels.kv_attention import gpu as kv_gpu
 from zoo.kernels.kv_attention.reference import Part, kv_attention, quantize_channels, quantize_tokens
 from zoo.kernels.packed_linear import gpu as packed_gpu
@@ -94,7 +96,24 @@ def interpret():
                             f"packed {bits} bits {NAMES[dtype]} {d_out}x{d_in} group {group}, {tokens} tokens",
                         )
     for dtype in NAMES:
+        interpret_blocks(dtype, g)
         interpret_kv(dtype, g)
+
+
+def interpret_blocks(dtype, g):
+    """Block-sparse products: square blocks, oblong and ragged ones, from nothing kept to everything."""
+    for d_out, d_in, block in ((64, 96, (16, 16)), (96, 64, (32, 32)), (128, 128, (64, 64)), (70, 50, (20, 12))):
+        for density in (0, 0.3, 1):
+            kept = torch.rand(-(-d_out // block[0]), -(-d_in // block[1]), generator=g) < density
+            packed = pack_blocks(integers((d_out, d_in), dtype, 2, g), kept, block)
+            bias = integers((d_out,), dtype, 5, g)
+            for tokens in (1, 17, 130):
+                arguments = integers((tokens, d_in), dtype, 1, g), *packed.values(), bias, d_out
+                same(
+                    block_sparse_gpu.block_sparse_linear_triton(*arguments),
+                    block_sparse_linear(*arguments),
+                    f"block sparse {NAMES[dtype]} {d_out}x{d_in} {block}, density {density}, {tokens} tokens",
+                )
 
 
 def interpret_kv(dtype, g):
@@ -208,6 +227,22 @@ def test_kernels_compile_ahead_of_time_without_spills(architecture, tmp_path, re
             name = f"{kernel.__name__}, sm_{architecture}, {tokens} tokens"
             record_property(name, registers)
             assert spilled == 0, f"{name}: {spilled} bytes of spills"
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_block_sparse_product_compiles_ahead_of_time_without_spills(architecture, size, tmp_path, record_property):
+    pointers = dict.fromkeys(("x", "blocks", "bias", "y"), "*bf16")
+    pointers |= dict.fromkeys(("crow_indices", "col_indices"), "*i32")
+    sizes = dict.fromkeys(("n_tokens", "d_out", "d_in"), "i32")
+    for tokens in block_sparse_gpu.TILES:
+        options = block_sparse_gpu.tile(tokens, torch.empty(1, size, size, dtype=torch.bfloat16))
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        kernel = block_sparse_gpu.block_sparse_linear_kernel
+        registers, spilled = compile_kernel(kernel, pointers | sizes, options, warps, stages, architecture, tmp_path)
+        name = f"{kernel.__name__}, sm_{architecture}, blocks of {size}, {tokens} tokens"
+        record_property(name, registers)
+        assert spilled == 0, f"{name}: {spilled} bytes of spills"
 
 
 @pytest.mark.parametrize("architecture", [80, 90])

@@ -12,7 +12,8 @@ from transformers.utils import is_triton_available
 from ..bitmask_linear.gpu import precision
 
 TILES = {16: 4, 64: 4, 128: 8}  # tokens of a tile for up to so many tokens (the last also for more): warps
-STAGES = 3
+SHARED_BYTES = 96 << 10  # for the tiles of all stages: a program need not be alone on an A100
+MAX_STAGES = 3
 
 if is_triton_available():
     import triton
@@ -22,6 +23,7 @@ if is_triton_available():
     def block_sparse_linear_kernel(
         x, blocks, crow_indices, col_indices, bias, y, n_tokens, d_out, d_in, B_R: tl.constexpr, B_C: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+        WIDEN: tl.constexpr,
     ):  # fmt: skip
         block_row = tl.program_id(1)
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -30,11 +32,15 @@ if is_triton_available():
         block_at = inside[None, :] * B_C + column[:, None]  # (COLS, ROWS): the block transposed
         block_fits = (inside < B_R)[None, :] & (column < B_C)[:, None]
         total = tl.zeros((TOKENS, ROWS), tl.float32)
-        for n in tl.range(tl.load(crow_indices + block_row), tl.load(crow_indices + block_row + 1), num_stages=STAGES):
+        first = tl.load(crow_indices + block_row).to(tl.int64)
+        last = tl.load(crow_indices + block_row + 1).to(tl.int64)
+        for n in tl.range(first, last, num_stages=STAGES):
             at = tl.load(col_indices + n) * B_C + column
             fits = (tokens < n_tokens)[:, None] & ((column < B_C) & (at < d_in))[None, :]
             x_tile = tl.load(x_rows + at[None, :], mask=fits, other=0.0)
-            w = tl.load(blocks + n.to(tl.int64) * (B_R * B_C) + block_at, mask=block_fits, other=0.0)
+            w = tl.load(blocks + n * (B_R * B_C) + block_at, mask=block_fits, other=0.0)
+            if WIDEN:
+                x_tile, w = x_tile.to(tl.float32), w.to(tl.float32)
             total = tl.dot(x_tile, w, total, input_precision=PRECISION)
         rows = block_row * B_R + inside
         row_fits = (inside < B_R) & (rows < d_out)
@@ -46,18 +52,23 @@ if is_triton_available():
 
 def tile(tokens: int, blocks: Tensor) -> dict[str, int | str]:
     """The tile for a number of tokens and blocks (nnz, b_r, b_c), as the kernel's keyword arguments."""
-    limit = next((limit for limit in TILES if tokens <= limit), max(TILES))
     _, b_r, b_c = blocks.shape
+    rows, columns = (max(16, 1 << (size - 1).bit_length()) for size in (b_r, b_c))
+    largest = max(TILES) if rows * columns <= 64 * 64 else 64
+    limit = next(limit for limit in TILES if tokens <= limit or limit == largest)
+    stages = SHARED_BYTES // ((limit + rows) * columns * blocks.element_size())
+    stages = max(1, min(MAX_STAGES, stages))
     return {
         "B_R": b_r,
         "B_C": b_c,
-        "ROWS": max(16, 1 << (b_r - 1).bit_length()),
-        "COLS": max(16, 1 << (b_c - 1).bit_length()),
+        "ROWS": rows,
+        "COLS": columns,
         "TOKENS": limit,
-        "STAGES": STAGES,
+        "STAGES": stages,
         "PRECISION": precision(blocks),
+        "WIDEN": triton.knobs.runtime.interpret,  # the interpreter's tl.dot takes bf16 for integers
         "num_warps": TILES[limit],
-        "num_stages": STAGES,
+        "num_stages": stages,
     }
 
 
