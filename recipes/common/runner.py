@@ -160,7 +160,7 @@ def check_resources(ram_bytes: float, disk_bytes: float, minutes: float, folder:
 
 @dataclass
 class World:
-    """This process among those that `accelerate launch` started; one process is rank 0 of 1."""
+    """This process among those that torchrun or `accelerate launch` started; one process is rank 0 of 1."""
 
     rank: int = 0
     size: int = 1
@@ -171,6 +171,8 @@ def world(device: str) -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    if state.is_main_process:
+        print(f"{state.num_processes} processes share the work", flush=True)
     return World(state.process_index, state.num_processes, state.wait_for_everyone)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
@@ -153,6 +154,14 @@ class ClassifierTrainer(Trainer):
                 optimizer or self.optimizer, lambda step: self.schedule.factor((step + 0.5) / per_epoch)
             )
         return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # save_pretrained would give some stock families (ViT) their tensors' older names, under which Trainer's own
+        # loading, of the best epoch and on resume, does not find them and only warns.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.model.state_dict()).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(pixel_values=inputs["pixel_values"])

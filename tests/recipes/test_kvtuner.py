@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
+from launching import TWO_PROCESSES
 from tiny_models import Packing, make_base
 
 import zoo  # noqa: F401
@@ -337,10 +338,9 @@ def test_killed_and_resumed_gives_the_same_table(base, finished, tmp_path):
 
 
 def test_two_processes_find_the_same_table(base, finished, tmp_path):
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    process = run([*launch, *command(base, tmp_path / "kv", "--baselines", "none")[1:]])
+    process = run([*TWO_PROCESSES, *command(base, tmp_path / "kv", "--baselines", "none")[1:]])
     assert process.returncode == 0, process.stderr
+    assert "2 processes share the work" in process.stdout
     first, again = (json.loads((folder / "report.json").read_text()) for folder in (finished[0], tmp_path / "kv"))
     assert (
         first["cache"]["layers"] == again["cache"]["layers"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
+from launching import TWO_PROCESSES
 from tiny_models import make_base
 
 import zoo  # noqa: F401
@@ -122,11 +123,10 @@ def test_killed_and_resumed_gives_the_same_weights(base, finished, tmp_path):
 
 
 def test_two_processes_give_the_same_weights(base, finished, tmp_path):
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     output = tmp_path / "armor"
-    process = run(command(base, output, "--baselines", "none"), launcher=launch)
+    process = run(command(base, output, "--baselines", "none"), launcher=TWO_PROCESSES)
     assert process.returncode == 0, process.stderr
+    assert "2 processes share the work" in process.stdout
     assert weights(output) == weights(finished[0])
 
 
