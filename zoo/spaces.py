@@ -6,12 +6,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from PIL import Image, ImageOps
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .cache import CACHE
+from .errors import UserError
 
 MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
+MAX_IMAGE_BYTES = 5 << 20
+MAX_PIXELS = 4096 * 4096
 
 
 def find_checkpoint(name: str | None, local: Path, hub_id: str) -> Path:
@@ -30,6 +34,22 @@ def find_dense(name: str | None, report: dict) -> str:
     except ImportError:
         return report["base_model"]["id"]
     return str(resolve_model(report["config"]["model"], report["config"].get("revision"), compressed=True).path)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An uploaded image in RGB, upright. Raises: UserError for a file that is too large or no image that can be read."""
+    size = Path(path).stat().st_size
+    if size > MAX_IMAGE_BYTES:
+        raise UserError(f"The file has {size / 2**20:.1f} MiB; at most {MAX_IMAGE_BYTES >> 20} MiB are allowed.")
+    try:
+        with Image.open(path) as image:  # reads the header only
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"The image has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are allowed."
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on damaged files
+        raise UserError("The file is not an image that can be read; upload a PNG, JPEG or WebP.") from None
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
