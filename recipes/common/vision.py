@@ -252,6 +252,8 @@ class VisionRecipe(Recipe):
         )
         reports.write(report, folder)
         print(reports.render_table(report))
+        if self.trains:
+            self.keep_dense(run)
         if self.output_path.exists():
             shutil.rmtree(self.output_path)
         folder.rename(self.output_path)
@@ -259,6 +261,13 @@ class VisionRecipe(Recipe):
         if self.push_to_hub:
             print(publish(self.output_path, self.push_to_hub))
         return self.output_path
+
+    def keep_dense(self, run: VisionRun) -> None:
+        """<output>-dense: the dense model of the first seed, which nobody could get elsewhere."""
+        place = self.output_path.with_name(f"{self.output_path.name}-dense")
+        if place.exists():
+            shutil.rmtree(place)
+        save_checkpoint(place, run.trained("dense", run.seeds[0]), processor=run.processor, extra_files={})
 
 
 @dataclass
