@@ -158,10 +158,16 @@ def test_the_tensors_are_torchs_bsr():
         pack_blocks(weight, torch.ones(3, 3, dtype=torch.bool), (32, 16))
 
 
+@pytest.mark.parametrize("how", [*LEVELS, "torch"])
 @pytest.mark.parametrize(("d_out", "d_in", "block"), SHAPES)
-def test_gradients_equal_those_of_the_masked_dense_weight(d_out, d_in, block):
+def test_gradients_equal_those_of_the_masked_dense_weight(how, d_out, d_in, block, simd, monkeypatch):
+    if how == "torch":  # no compiler
+        monkeypatch.setattr("zoo.kernels.block_sparse_linear.library", lambda op: None)
+    else:
+        simd(how)
+    g = torch.Generator().manual_seed(2)
     weight, packed, bias = example(d_out, d_in, block)
-    x, upstream = torch.randn(2, 9, d_in), torch.randn(2, 9, d_out)
+    x, upstream = torch.randn(2, 70, d_in, generator=g), torch.randn(2, 70, d_out, generator=g)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, packed["blocks"], bias)]
     block_sparse_linear(leaves[0], **packed | {"blocks": leaves[1]}, bias=leaves[2], d_out=d_out).backward(upstream)
     dense = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
@@ -171,6 +177,21 @@ def test_gradients_equal_those_of_the_masked_dense_weight(d_out, d_in, block):
     mask = unpack_blocks(**packed | {"blocks": torch.ones_like(packed["blocks"])}, d_out=d_out, d_in=d_in)
     torch.testing.assert_close(found, dense[1].grad * mask, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(leaves[2].grad, dense[2].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_rounded_once(dtype):
+    _, packed, _ = example(40, 52, (16, 20), dtype=dtype)
+    x, upstream = torch.randn(300, 52).to(dtype), (torch.randn(300, 40) / 16).to(dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, packed["blocks"])]
+    block_sparse_linear(leaves[0], **packed | {"blocks": leaves[1]}, d_out=40).backward(upstream)
+    exact = [tensor.double().requires_grad_() for tensor in (x, packed["blocks"])]
+    dense = unpack_blocks(**packed | {"blocks": exact[1]}, d_out=40, d_in=52)
+    (exact[0] @ dense.T).backward(upstream.double())
+    for leaf, tensor in zip(leaves, exact, strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(leaf.grad.double(), tensor.grad, rtol=eps, atol=1e-5)
+        assert leaf.grad.dtype == dtype
 
 
 def test_operator_contracts_and_compilation_without_a_graph_break():

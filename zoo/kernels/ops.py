@@ -26,7 +26,7 @@ def define(
 
     Args: compute(x, *weights) -> result; shape(x, *weights) -> empty result; dense_weight(x, *weights) -> (d_out, d_in),
     which the gradient by x, then the only one there is, needs: grad_x = grad_y W; or gradients(grad_y, needs, x, *weights)
-    -> one per argument, None where needs[i] is false. With neither, there are no gradients.
+    -> one per argument, None where needs[i] is false.
     """
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         full = f"{NAMESPACE}::{name}"
@@ -46,13 +46,12 @@ def define(
             grad_x = grad @ dense_weight(x, *weights).to(grad.dtype) if ctx.needs_input_grad[0] else None
             return grad_x, *(None for _ in weights)
 
-        if dense_weight or gradients:
-            torch.library.register_autograd(full, backward, setup_context=setup_context)
+        torch.library.register_autograd(full, backward, setup_context=setup_context)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def define_plain(name: str, schema: str, compute: Callable, shape: Callable) -> Callable[..., Tensor]:
-    """As `define`, for an operation on weights alone, which has no gradient."""
+    """As `define`, for an operation that has no gradient: one on weights alone, or a gradient itself."""
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         full = f"{NAMESPACE}::{name}"
         torch.library.define(full, schema)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import check_floats, define, linear_shape, on_gpu, scratch
+from ..ops import check_floats, define, define_plain, linear_shape, on_gpu, scratch
 from .gpu import block_sparse_linear_triton
 from .reference import block_rows
 from .reference import block_sparse_linear as block_sparse_linear_reference
 
 BLOCK_SIZES = range(4, 129, 4)
-GRADIENT_BYTES = 64 << 20  # of gathered columns at a time
+INDICES = "block_sparse_linear: crow_indices must rise from 0 to nnz, col_indices be block-columns of x"
 
 
 def _compute(
@@ -33,7 +33,7 @@ def _compute(
     out = rows.new_empty(len(rows), d_out)
     tensors = map(pointer, (rows, blocks, crow_indices, col_indices, bias, out, space))
     if lib.slimzoo_block_sparse_linear(*tensors, *sizes, *how):
-        raise ValueError("block_sparse_linear: crow_indices must rise from 0 to nnz, col_indices be block-columns of x")
+        raise ValueError(INDICES)
     return out.view(*x.shape[:-1], d_out)
 
 
@@ -42,10 +42,21 @@ def _compute_blocks_gradient(
 ) -> Tensor:
     """grad_blocks[n] = grad[:, rows of n]^T x[:, columns of n] for the kept blocks only, (nnz, b_r, b_c) like x.
 
-    grad (..., d_out), x (..., d_in). A product per block-row with the columns it keeps: gathering them costs 1 / b_r of
-    the multiplications.
+    grad (..., d_out), x (..., d_in). Without the C++ kernel it is a product per block-row with the columns that it keeps.
     """
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad, x = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (grad, x))
+    lib = library("block_sparse_linear") if x.device.type == "cpu" else None
+    if lib is not None:
+        nnz, d_out, d_in = len(col_indices), grad.shape[1], x.shape[1]
+        out = torch.zeros(nnz, b_r, b_c)
+        lib.slimzoo_block_sparse_gradient_scratch.restype = ctypes.c_int64
+        floats = lib.slimzoo_block_sparse_gradient_scratch(*integers(d_out, d_in, b_r, b_c), level())
+        space = scratch("block_sparse", (floats,), torch.float32)
+        tensors = map(pointer, (grad, x, crow_indices.contiguous(), col_indices.contiguous(), out, space))
+        sizes = integers(len(x), d_out, d_in, b_r, b_c, nnz)
+        if lib.slimzoo_block_sparse_gradient(*tensors, *sizes, DTYPES[x.dtype], level(), torch.get_num_threads()):
+            raise ValueError(INDICES)
+        return out.to(x.dtype)
     rows, columns = -(-grad.shape[1] // b_r), -(-x.shape[1] // b_c)
     grad = torch.nn.functional.pad(grad, (0, rows * b_r - grad.shape[1])).T.reshape(rows, b_r, -1)
     x = torch.nn.functional.pad(x, (0, columns * b_c - x.shape[1])).T.reshape(columns, b_c, -1)
@@ -89,7 +100,7 @@ _op = define(
     lambda x, blocks, crow_indices, col_indices, bias, d_out: linear_shape(x, d_out),
     gradients=_gradients,
 )
-_gradient_op = define(
+_gradient_op = define_plain(
     "block_sparse_linear_gradient",
     "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int b_r, int b_c) -> Tensor",
     _compute_blocks_gradient,
