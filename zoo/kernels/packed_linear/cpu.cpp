@@ -5,9 +5,13 @@
 // the chunk. Then with integer dots D = sum code x over a chunk, and X = sum x over it,
 //     y_i = sum_chunks scale_i xscale (D_i - zero_i X).
 // AVX-512 multiplies 64 codes by one digit in one instruction. Per 64 bytes of 4-bit codes, i.e. 128 weights: 3 to unpack,
-// 4 products and 6 to shift, convert and scale: about 13 cycles for 64 + 3 to 8 bytes, 18 GB/s per core at 3.6 GHz.
+// 4 products and 4 to shift, convert and scale; the six that only two of four pipes take are the bound: 6 cycles, 39 GB/s
+// per core at 3.7 GHz (8 measured, from the second-level cache). Four rows at a time share the loads of x, and what comes
+// next is fetched in the order of memory, three such blocks ahead: rows fetched each for itself reached half the speed.
 // x is laid out in the order in which unpacking yields the codes, so that no code is ever shuffled.
 #include <omp.h>
+
+#include <new>
 
 #include "simd.hpp"
 
@@ -36,24 +40,50 @@ struct Weight {
   }
 };
 
+#ifndef ATO
+#define ATO 4
+#endif
+static const int AT_ONCE = ATO;       // rows of the weight that share each load of x, with AVX-512
+static const int64_t BLOCK = 16;  // rows whose scales are converted together
+#define INLINE inline __attribute__((always_inline))
+
+// Zeros that begin at a cache line: a load of 64 bytes that straddles two lines costs two.
+template <typename T>
+struct Lines {
+  using value_type = T;
+  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <typename U> bool operator==(const Lines<U>&) const { return true; }
+};
+template <typename T> using Aligned = std::vector<T, Lines<T>>;
+
 static const int TILE = 16;  // floats that a vector of scales may read past the last chunk
 
 // x in fixed point, in the layout of one plane: digit d of the code that unpacking step s, shift k, byte i yields.
 // The digits of x in the order in which a plane's codes are unpacked: for every step of 16 or 64 bytes, every shift and every
 // digit, as many digits as bytes.
 struct Digits {
-  std::vector<int8_t> bytes;   // for AVX-512
+  Aligned<int8_t> bytes;       // for AVX-512
+  Aligned<float> scale;        // for AVX-512: xscale of every lane of a step, n x steps x 16
   std::vector<int16_t> words;  // for AVX2, which multiplies 16 bits: one digit of 16, or two for fp32
 };
 
-// Where the groups of 16 chunks at a time are: chunk c is of group first[c / 16] + inside[c].
+// Which group's scale each of the 16 lanes of a step takes: lane l of step s that of group first[s] + inside[16 s + l]. In a
+// plane of `width` bits a lane holds 32 / width columns.
 struct Groups {
-  std::vector<int32_t> inside, first;
-  Groups(int64_t chunks, int64_t groups) : inside((chunks + 15) / 16 * 16), first((chunks + 15) / 16) {
-    int64_t repeat = chunks / groups;
-    for (int64_t c = 0; c < chunks; c++) {
-      if (c % 16 == 0) first[c / 16] = (int32_t)(c / repeat);
-      inside[c] = (int32_t)(c / repeat - first[c / 16]);
+  Aligned<int32_t> inside;
+  std::vector<int32_t> first;
+  bool one = true;  // no step reaches into a second group
+  Groups() = default;
+  Groups(int64_t d_in, int64_t groups, int width) {
+    int64_t lanes = d_in * width / 32, in_group = lanes / groups, steps = (lanes + 15) / 16;
+    inside.resize(16 * steps), first.resize(steps);
+    int32_t group = 0;
+    for (int64_t l = 0, left = in_group; l < lanes; l++, left--) {
+      if (left == 0) group++, left = in_group;
+      if (l % 16 == 0) first[l / 16] = group;
+      inside[l] = group - first[l / 16];
+      one = one && inside[l] == 0;
     }
   }
 };
@@ -65,10 +95,12 @@ struct FixedPoint {
   std::vector<int32_t> value;           // n x d_in
   bool finite = true;
 
-  // Loops that compilers vectorise for the least machine: this runs once a call, on one core.
-  FixedPoint(const void* x, int64_t n, int64_t d_in, int digits, int dtype)
+  FixedPoint(int64_t n, int64_t d_in, int digits)
       : n(n), d_in(d_in), chunks(d_in / CHUNK), digits(digits), scale(n * (chunks + TILE)),
-        scale_sum(n * (chunks + TILE)), value(n * d_in) {
+        scale_sum(n * (chunks + TILE)), value(n * d_in) {}
+
+  // Loops that compilers vectorise for whatever machine the caller is compiled for: this runs once a call, on one core.
+  INLINE void fill(const void* x, int dtype) {
     std::vector<float> row(d_in);
     for (int64_t r = 0; r < n; r++) {
       if (dtype == BF16)
@@ -87,7 +119,9 @@ struct FixedPoint {
         } else {  // a power of two with |x| / step < 2^(8 digits - 2): x of few bits, as bf16, is kept whole
           int exponent = (int)(peak_bits >> 23) - 126 - (8 * digits - 2);
           bool normal = exponent > -126 && exponent < 126;  // what is smaller counts as 0
-          step = std::ldexp(1.0f, normal ? exponent : 0), inverse = normal ? 1 / step : 0;
+          uint32_t power = (uint32_t)((normal ? exponent : 0) + 127) << 23;
+          std::memcpy(&step, &power, 4);
+          inverse = normal ? 1 / step : 0;
         }
         if (!finite) inverse = 0;
         int32_t sum = 0, *v = &value[r * d_in + c * CHUNK];
@@ -105,13 +139,13 @@ struct FixedPoint {
   }
 
   // Four bytes of a plane hold 32 / width consecutive columns, column j in byte j % 4: so quadruples of columns move together.
-  template <typename Digit, int PARTS>
-  void lay_out(int width, int64_t step_bytes, std::vector<Digit>& out) const {
+  template <int SHIFTS, int PARTS, int STEP_BYTES, typename Out>
+  INLINE void lay_out(Out& out) const {
+    using Digit = typename Out::value_type;
     struct Quad { Digit digit[4]; };
-    int64_t quads = d_in * width / 32, in_step = step_bytes / 4, steps = (quads + in_step - 1) / in_step;
-    int64_t shifts = 8 / width, row = steps * shifts * PARTS * in_step;
+    constexpr int64_t in_step = STEP_BYTES / 4;
+    int64_t quads = d_in / 4 / SHIFTS, steps = (quads + in_step - 1) / in_step, row = steps * SHIFTS * PARTS * in_step;
     out.resize(n * row * 4);
-    Quad* to = (Quad*)out.data();
     std::vector<Digit> split(PARTS * d_in);
     for (int64_t r = 0; r < n; r++) {
       for (int64_t j = 0; j < d_in; j++) {  // the lowest digit first, each but the top one in [-half, half)
@@ -122,22 +156,53 @@ struct FixedPoint {
         }
         split[j] = (Digit)rest;
       }
-      for (int64_t q = 0; q < quads; q++)
-        for (int64_t k = 0; k < shifts; k++)
-          for (int d = 0; d < PARTS; d++)
-            std::memcpy(&to[r * row + ((q / in_step * shifts + k) * PARTS + d) * in_step + q % in_step],
-                        &split[d * d_in + (q * shifts + k) * 4], sizeof(Quad));
+      for (int64_t s = 0; s < steps; s++) {
+        int64_t here = std::min(in_step, quads - s * in_step);
+        for (int k = 0; k < SHIFTS; k++)
+          for (int d = 0; d < PARTS; d++) {
+            Quad* to = (Quad*)out.data() + r * row + ((s * SHIFTS + k) * PARTS + d) * in_step;
+            const Quad* from = (const Quad*)&split[d * d_in] + s * in_step * SHIFTS + k;
+            if (here == in_step)  // a loop of known length, which compilers vectorise
+              for (int64_t q = 0; q < in_step; q++) to[q] = from[q * SHIFTS];
+            else
+              for (int64_t q = 0; q < here; q++) to[q] = from[q * SHIFTS];
+          }
+      }
     }
   }
 
-  Digits laid_out(int width, bool as_words) const {
-    Digits out;
-    if (as_words && digits == 3) lay_out<int16_t, 2>(width, 16, out.words);
-    else if (as_words) lay_out<int16_t, 1>(width, 16, out.words);
-    else if (digits == 1) lay_out<int8_t, 1>(width, 64, out.bytes);
-    else if (digits == 2) lay_out<int8_t, 2>(width, 64, out.bytes);
-    else lay_out<int8_t, 3>(width, 64, out.bytes);
-    return out;
+  template <int SHIFTS>
+  INLINE void lay_out(bool as_words, Digits& out) const {
+    if (as_words && digits == 3) lay_out<SHIFTS, 2, 16>(out.words);
+    else if (as_words) lay_out<SHIFTS, 1, 16>(out.words);
+    else if (digits == 1) lay_out<SHIFTS, 1, 64>(out.bytes);
+    else if (digits == 2) lay_out<SHIFTS, 2, 64>(out.bytes);
+    else lay_out<SHIFTS, 3, 64>(out.bytes);
+    if (as_words) return;
+    int64_t lanes = d_in / 4 / SHIFTS, padded = (lanes + 15) / 16 * 16;
+    out.scale.resize(n * padded);
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t c = 0; c < chunks; c++)
+        for (int64_t l = 0; l < 8 / SHIFTS; l++)
+          out.scale[r * padded + c * (8 / SHIFTS) + l] = scale[r * (chunks + TILE) + c];
+  }
+
+  INLINE void laid_out(int width, bool as_words, Digits& out) const {
+    if (width == 1) lay_out<8>(as_words, out);
+    else if (width == 2) lay_out<4>(as_words, out);
+    else if (width == 4) lay_out<2>(as_words, out);
+    else lay_out<1>(as_words, out);
+  }
+
+  // xscale X summed over every group: n x (groups + TILE)
+  std::vector<float> group_sums(int64_t groups) const {
+    std::vector<float> sums(n * (groups + TILE));
+    int64_t repeat = chunks / groups;
+    for (int64_t r = 0; r < n; r++)
+      for (int64_t g = 0; g < groups; g++)
+        for (int64_t c = g * repeat; c < (g + 1) * repeat; c++)
+          sums[r * (groups + TILE) + g] += scale_sum[r * (chunks + TILE) + c];
+    return sums;
   }
 };
 
@@ -242,11 +307,11 @@ TARGET_AVX2 inline void dots(const Weight& w, int64_t i, const FixedPoint& x, co
 
 #define TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt,bmi2")))
 namespace avx512 {
-// For row i and COUNT vectors: t = scale xscale of every chunk, and the sum of scale zero xscale X, which is to be taken off.
+// The scales of row i in fp32, and for COUNT vectors the sum of scale zero X over the groups, which is to be taken off.
 template <int COUNT>
-TARGET_VNNI inline void row_scales(const Weight& w, int64_t i, const FixedPoint& x, int64_t first, const Groups& groups,
-                                   float* t, float* gathered, float* offset) {
-  float *scale = gathered, *zero = gathered + w.groups + 16;
+TARGET_VNNI inline void row_scales(const Weight& w, int64_t i, const float* sums, float* scale, float* offset) {
+  __m512 total[COUNT];
+  for (int b = 0; b < COUNT; b++) total[b] = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; g += 16) {
     __mmask16 m = w.groups - g >= 16 ? 0xffff : (1u << (w.groups - g)) - 1;
     __m512 z = _mm512_set1_ps((float)(1 << (w.bits - 1)));
@@ -255,89 +320,120 @@ TARGET_VNNI inline void row_scales(const Weight& w, int64_t i, const FixedPoint&
     if (w.zeros_kind == FLOAT) z = load16(w.zeros, i * w.groups + g, w.dtype, m);
     __m512 s = load16(w.scales, i * w.groups + g, w.dtype, m);
     _mm512_storeu_ps(scale + g, s);
-    _mm512_storeu_ps(zero + g, _mm512_mul_ps(s, z));
-  }
-  const int64_t stride = x.chunks + TILE;
-  __m512 total[COUNT];
-  for (int b = 0; b < COUNT; b++) total[b] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < x.chunks; c += 16) {
-    __m512i inside = _mm512_loadu_si512(&groups.inside[c]);
-    __m512 s = _mm512_permutexvar_ps(inside, _mm512_loadu_ps(scale + groups.first[c / 16]));
-    __m512 z = _mm512_permutexvar_ps(inside, _mm512_loadu_ps(zero + groups.first[c / 16]));
-    for (int b = 0; b < COUNT; b++) {  // beyond the last chunk xscale and X are 0
-      _mm512_storeu_ps(t + b * stride + c, _mm512_mul_ps(s, _mm512_loadu_ps(&x.scale[(first + b) * stride + c])));
-      total[b] = _mm512_fmadd_ps(z, _mm512_loadu_ps(&x.scale_sum[(first + b) * stride + c]), total[b]);
-    }
+    for (int b = 0; b < COUNT; b++)
+      total[b] = _mm512_fmadd_ps(_mm512_mul_ps(s, z), _mm512_loadu_ps(sums + b * (w.groups + TILE) + g), total[b]);
   }
   for (int b = 0; b < COUNT; b++) offset[b] = _mm512_reduce_add_ps(total[b]);
 }
 
-template <int WIDTH, int DIGITS, int ROWS, int COUNT>
-TARGET_VNNI inline void plane_dots(const uint8_t* const* planes, const FixedPoint& x, const Digits& laid, int64_t first,
-                                   const float* t, __m512 (*totals)[COUNT]) {
+// Keeps a vector in its register: read again from memory by every row, x would cost more than the products.
+TARGET_VNNI inline __m512i kept(__m512i v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
+// One step of ROWS rows: acc += scale xscale D. `of` bytes are there, 64 unless TAIL. ONE: all lanes are of one group.
+template <int WIDTH, int DIGITS, int ROWS, int COUNT, bool ONE, bool TAIL>
+TARGET_VNNI inline void step_dots(const uint8_t* const* planes, const uint8_t* ahead, int64_t s, int64_t of,
+                                  int64_t steps, const int8_t* digits, const float* xscale, const Groups& groups, const float* const* scales,
+                                  __m512 (*acc)[COUNT]) {
   constexpr int SHIFTS = 8 / WIDTH;
-  const int64_t bytes = x.d_in * WIDTH / 8, steps = (bytes + 63) / 64;
   const __m512i mask = _mm512_set1_epi8((char)((1 << WIDTH) - 1));
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_srli_epi32(lane, WIDTH == 8 ? 3 : WIDTH / 2);  // WIDTH lanes to a chunk
-  const int64_t stride = x.chunks + TILE, x_stride = steps * SHIFTS * DIGITS * 64;
-  const int8_t* digits = &laid.bytes[first * x_stride];
+  __m512i codes[ROWS][SHIFTS];
+  __m512 scale[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    const uint8_t* at = planes[r] + 64 * s;
+    __m512i packed = TAIL ? _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, of), at) : _mm512_loadu_si512(at);
+    _mm_prefetch((const char*)ahead + 64 * (ROWS * s + r), _MM_HINT_T1);
+    for (int k = 0; k < SHIFTS; k++)
+      codes[r][k] = WIDTH == 8 ? packed : _mm512_and_si512(k ? _mm512_srli_epi16(packed, k * WIDTH) : packed, mask);
+    const float* from = scales[r] + groups.first[s];
+    scale[r] = ONE ? _mm512_set1_ps(*from)
+                   : _mm512_permutexvar_ps(_mm512_load_si512(&groups.inside[16 * s]), _mm512_loadu_ps(from));
+  }
+  for (int b = 0; b < COUNT; b++) {
+    const int8_t* d = digits + (b * steps + s) * SHIFTS * DIGITS * 64;
+    __m512i sum[ROWS];
+    __m512 dot[ROWS];
+    for (int r = 0; r < ROWS; r++) sum[r] = _mm512_setzero_si512();
+    for (int j = 0; j < DIGITS; j++) {
+      for (int k = 0; k < SHIFTS; k++) {
+        __m512i digit = _mm512_load_si512(d + (k * DIGITS + j) * 64);
+        if (ROWS > 1) digit = kept(digit);
+        for (int r = 0; r < ROWS; r++) sum[r] = _mm512_dpbusd_epi32(sum[r], codes[r][k], digit);
+      }
+      for (int r = 0; r < ROWS; r++) {
+        if (j == 0 && DIGITS > 1) {
+          sum[r] = _mm512_slli_epi32(sum[r], 8);
+        } else if (j == 1 && DIGITS > 2) {
+          dot[r] = _mm512_cvtepi32_ps(sum[r]), sum[r] = _mm512_setzero_si512();
+        } else {
+          __m512 last = _mm512_cvtepi32_ps(sum[r]);
+          dot[r] = DIGITS > 2 ? _mm512_fmadd_ps(dot[r], _mm512_set1_ps(256), last) : last;
+        }
+      }
+    }
+    const __m512 x = _mm512_load_ps(xscale + (b * steps + s) * 16);
+    for (int r = 0; r < ROWS; r++) acc[r][b] = _mm512_fmadd_ps(dot[r], _mm512_mul_ps(x, scale[r]), acc[r][b]);
+  }
+}
+
+template <int WIDTH, int DIGITS, int ROWS, int COUNT, bool ONE>
+TARGET_VNNI inline void plane_dots(const uint8_t* const* planes, const uint8_t* ahead, int64_t d_in,
+                                   const Digits& laid, int64_t first, const Groups& groups, const float* const* scales, __m512 (*totals)[COUNT]) {
+  const int64_t bytes = d_in * WIDTH / 8, steps = (bytes + 63) / 64, whole = bytes / 64;
+  const int8_t* digits = &laid.bytes[first * steps * (8 / WIDTH) * DIGITS * 64];
+  const float* xscale = &laid.scale[first * steps * 16];
   __m512 acc[ROWS][COUNT];  // in registers
   for (int r = 0; r < ROWS; r++)
     for (int b = 0; b < COUNT; b++) acc[r][b] = totals[r][b];
-  for (int64_t s = 0; s < steps; s++) {
-    __m512i codes[ROWS][SHIFTS];
-    for (int r = 0; r < ROWS; r++) {
-      const uint8_t* at_byte = planes[r] + 64 * s;
-      __m512i packed = 64 * s + 64 <= bytes ? _mm512_loadu_si512(at_byte)
-                                            : _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, bytes - 64 * s), at_byte);
-      _mm_prefetch((const char*)at_byte + PREFETCH, _MM_HINT_T0);
-      for (int k = 0; k < SHIFTS; k++)
-        codes[r][k] = WIDTH == 8 ? packed : _mm512_and_si512(k ? _mm512_srli_epi16(packed, k * WIDTH) : packed, mask);
-    }
-    for (int b = 0; b < COUNT; b++) {
-      const int8_t* d = digits + b * x_stride + s * SHIFTS * DIGITS * 64;
-      __m512i sum[ROWS][DIGITS];
-      for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < DIGITS; j++) sum[r][j] = _mm512_setzero_si512();
-      for (int k = 0; k < SHIFTS; k++)
-        for (int j = 0; j < DIGITS; j++) {
-          __m512i digit = _mm512_loadu_si512(d + (k * DIGITS + j) * 64);
-          for (int r = 0; r < ROWS; r++) sum[r][j] = _mm512_dpbusd_epi32(sum[r][j], codes[r][k], digit);
-        }
-      for (int r = 0; r < ROWS; r++) {
-        __m512i top = sum[r][0];
-        if (DIGITS > 1) top = _mm512_add_epi32(_mm512_slli_epi32(top, 8), sum[r][DIGITS > 1]);
-        __m512 dot = _mm512_cvtepi32_ps(top);
-        if (DIGITS > 2) dot = _mm512_fmadd_ps(dot, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sum[r][DIGITS - 1]));
-        const float* scales = t + (r * MAX_VECTORS + b) * stride + 16 / WIDTH * s;
-        acc[r][b] = _mm512_fmadd_ps(dot, _mm512_permutexvar_ps(at, _mm512_loadu_ps(scales)), acc[r][b]);
-      }
-    }
-  }
+  for (int64_t s = 0; s < whole; s++)
+    step_dots<WIDTH, DIGITS, ROWS, COUNT, ONE, false>(planes, ahead, s, 64, steps, digits, xscale, groups, scales, acc);
+  if (whole < steps)
+    step_dots<WIDTH, DIGITS, ROWS, COUNT, ONE, true>(planes, ahead, whole, bytes - 64 * whole, steps, digits, xscale, groups,
+                                                     scales, acc);
   for (int r = 0; r < ROWS; r++)
     for (int b = 0; b < COUNT; b++) totals[r][b] = acc[r][b];
 }
 
-// ROWS rows from row i on times COUNT vectors: out[r * MAX_VECTORS + b]; x is loaded once for all rows.
+// What one call's rows share.
+struct Call {
+  const Weight& w;
+  const Digits* laid;    // by plane
+  const Groups* groups;  // by plane
+  const std::vector<float>& sums;
+};
+
+// ROWS rows from row i on times COUNT vectors: out[r * MAX_VECTORS + b], from which the sums of the zeros are taken off;
+// x is loaded once for all rows. scale: ROWS x (groups + TILE).
 template <int DIGITS, int ROWS, int COUNT>
-TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, const Digits* laid, int64_t first,
-                             const Groups& groups, float* t, float* gathered, float* out) {
+TARGET_VNNI inline void dots(const Call& call, int64_t i, int64_t first, const float* scale, float* out) {
+  const Weight& w = call.w;
   __m512 acc[ROWS][COUNT];
   const uint8_t* planes[ROWS];
+  const float* scales[ROWS];
+  const uint8_t* ahead = w.codes + (i + 3 * ROWS) * w.row_bytes();  // fetched meanwhile, in the order of memory
   for (int r = 0; r < ROWS; r++) {
-    row_scales<COUNT>(w, i + r, x, first, groups, t + r * MAX_VECTORS * (x.chunks + TILE), gathered,
-                      out + r * MAX_VECTORS);
     for (int b = 0; b < COUNT; b++) acc[r][b] = _mm512_setzero_ps();
     planes[r] = w.codes + (i + r + 1) * w.row_bytes();
+    scales[r] = scale + r * (w.groups + TILE);
   }
   for (int p = PLANES[w.bits][1] ? 1 : 0; p >= 0; p--) {  // the high plane first: its sums are worth 2^(bits below)
     int width = PLANES[w.bits][p];
     for (int r = 0; r < ROWS; r++) planes[r] -= w.d_in * width / 8;
-    if (width == 1) plane_dots<1, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
-    else if (width == 2) plane_dots<2, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
-    else if (width == 4) plane_dots<4, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
-    else plane_dots<8, DIGITS, ROWS, COUNT>(planes, x, laid[p], first, t, acc);
+    const Digits& x = call.laid[p];
+    const Groups& g = call.groups[p];
+#define PLANE(width)                                                                                        \
+  if (COUNT == 1 && g.one)                                                                                  \
+    plane_dots<width, DIGITS, ROWS, COUNT, COUNT == 1>(planes, ahead, w.d_in, x, first, g, scales, acc);    \
+  else                                                                                                      \
+    plane_dots<width, DIGITS, ROWS, COUNT, false>(planes, ahead, w.d_in, x, first, g, scales, acc)
+    if (width == 1) PLANE(1);
+    else if (width == 2) PLANE(2);
+    else if (width == 4) PLANE(4);
+    else PLANE(8);
+#undef PLANE
+    ahead += ROWS * w.d_in * width / 8;
     if (p)
       for (int r = 0; r < ROWS; r++)
         for (int b = 0; b < COUNT; b++)
@@ -348,27 +444,39 @@ TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, co
       out[r * MAX_VECTORS + b] = _mm512_reduce_add_ps(acc[r][b]) - out[r * MAX_VECTORS + b];
 }
 
-template <int DIGITS, int ROWS>
-TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, const Digits* laid, int64_t first, int count,
-                             const Groups& groups, float* t, float* gathered, float* out) {
-  switch (count) {
-    case 1: return dots<DIGITS, ROWS, 1>(w, i, x, laid, first, groups, t, gathered, out);
-    case 2: return dots<DIGITS, ROWS, 2>(w, i, x, laid, first, groups, t, gathered, out);
-    case 3: return dots<DIGITS, ROWS, 3>(w, i, x, laid, first, groups, t, gathered, out);
-    case 4: return dots<DIGITS, ROWS, 4>(w, i, x, laid, first, groups, t, gathered, out);
-    case 5: return dots<DIGITS, ROWS, 5>(w, i, x, laid, first, groups, t, gathered, out);
-    case 6: return dots<DIGITS, ROWS, 6>(w, i, x, laid, first, groups, t, gathered, out);
-    case 7: return dots<DIGITS, ROWS, 7>(w, i, x, laid, first, groups, t, gathered, out);
-    default: return dots<DIGITS, ROWS, 8>(w, i, x, laid, first, groups, t, gathered, out);
-  }
+// A block of rows: first all their scales, so that no load waits for a store, then the products.
+template <int DIGITS, int COUNT>
+TARGET_VNNI inline void block_dots(const Call& call, int64_t i, int rows, int64_t first, float* scale, float* out) {
+  const int64_t stride = call.w.groups + TILE;
+  for (int r = 0; r < rows; r++)
+    row_scales<COUNT>(call.w, i + r, &call.sums[first * stride], scale + r * stride, out + r * MAX_VECTORS);
+  constexpr int AT_ONCE = COUNT < 4 ? 4 : 2;  // rows that share each load of x: as many as registers allow
+  int r = 0;
+  for (; r + AT_ONCE <= rows; r += AT_ONCE)
+    dots<DIGITS, AT_ONCE, COUNT>(call, i + r, first, scale + r * stride, out + r * MAX_VECTORS);
+  for (; r < rows; r++) dots<DIGITS, 1, COUNT>(call, i + r, first, scale + r * stride, out + r * MAX_VECTORS);
 }
 
-template <int ROWS>
-TARGET_VNNI inline void dots(const Weight& w, int64_t i, const FixedPoint& x, const Digits* laid, int64_t first, int count,
-                             const Groups& groups, float* t, float* gathered, float* out) {
-  if (x.digits == 1) dots<1, ROWS>(w, i, x, laid, first, count, groups, t, gathered, out);
-  else if (x.digits == 2) dots<2, ROWS>(w, i, x, laid, first, count, groups, t, gathered, out);
-  else dots<3, ROWS>(w, i, x, laid, first, count, groups, t, gathered, out);
+template <int DIGITS>
+TARGET_VNNI inline void block_dots(const Call& call, int64_t i, int rows, int64_t first, int count, float* scale,
+                                   float* out) {
+  if (count == 8) block_dots<DIGITS, 8>(call, i, rows, first, scale, out);
+  else if (count == 4) block_dots<DIGITS, 4>(call, i, rows, first, scale, out);
+  else if (count == 2) block_dots<DIGITS, 2>(call, i, rows, first, scale, out);
+  else block_dots<DIGITS, 1>(call, i, rows, first, scale, out);
+}
+
+TARGET_VNNI inline void block_dots(const Call& call, int digits, int64_t i, int rows, int64_t first, int count,
+                                   float* scale, float* out) {
+  if (digits == 1) block_dots<1>(call, i, rows, first, count, scale, out);
+  else if (digits == 3) block_dots<3>(call, i, rows, first, count, scale, out);
+  else block_dots<2>(call, i, rows, first, count, scale, out);
+}
+
+// x in fixed point, laid out for every plane of the weight.
+TARGET_VNNI inline void prepare(FixedPoint& fixed, const void* x, int dtype, int bits, Digits* laid) {
+  fixed.fill(x, dtype);
+  for (int p = 0; p < 2 && PLANES[bits][p] && fixed.finite; p++) fixed.laid_out(PLANES[bits][p], false, laid[p]);
 }
 
 // codes (d_in,) -> (code - zero) scale in the dtype of the weight
@@ -401,41 +509,54 @@ extern "C" int slimzoo_packed_linear(const void* x, const uint8_t* qweight, cons
                                      int bits, int zeros_kind, int digits, int dtype, int level,
                                      int threads) {
   Weight w{qweight, scales, zeros, d_in, groups, bits, zeros_kind, dtype};
-  FixedPoint fixed(x, n, d_in, digits, dtype);
-  if (!fixed.finite) return 1;
+  FixedPoint fixed(n, d_in, digits);
   Digits laid[2];
+#ifdef X86
+  if (level >= AVX512) avx512::prepare(fixed, x, dtype, bits, laid);
+#endif
+  if (level < AVX512) fixed.fill(x, dtype);
+  if (!fixed.finite) return 1;
   int64_t chunks = fixed.chunks, stride = chunks + TILE;
-  if (level >= AVX2)
-    for (int p = 0; p < 2 && PLANES[bits][p]; p++)
-      laid[p] = fixed.laid_out(PLANES[bits][p], level == AVX2);
-  Groups where(chunks, groups);
-  const int at_once = level >= AVX512 && n > 1 ? 2 : 1;  // rows that share each load of x; alone, one stream is faster
+  if (level == AVX2)
+    for (int p = 0; p < 2 && PLANES[bits][p]; p++) fixed.laid_out(PLANES[bits][p], true, laid[p]);
+#ifdef X86
+  Groups where[2];
+  std::vector<float> sums;
+  if (level >= AVX512) {
+    for (int p = 0; p < 2 && PLANES[bits][p]; p++) where[p] = Groups(d_in, groups, PLANES[bits][p]);
+    sums = fixed.group_sums(groups);
+  }
+  const avx512::Call call{w, laid, where, sums};
+#endif
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> scale(stride), zero(stride), t(2 * MAX_VECTORS * stride), gathered(2 * (groups + 16));
+    std::vector<float> scale(std::max(stride, BLOCK * (groups + TILE))), zero(stride), t(MAX_VECTORS * stride);
     std::vector<uint8_t> codes(level >= AVX2 ? 0 : d_in);
 #pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < (d_out + at_once - 1) / at_once; pair++) {
-      int64_t i = pair * at_once;
-      int rows = (int)std::min<int64_t>(at_once, d_out - i);
-      float out[2 * MAX_VECTORS];
-      if (level < AVX512) w.row(i, scale.data(), zero.data());
-      for (int64_t first = 0; first < n; first += MAX_VECTORS) {
-        int count = (int)std::min<int64_t>(MAX_VECTORS, n - first);
+    for (int64_t block = 0; block < (d_out + BLOCK - 1) / BLOCK; block++) {
+      int64_t i = block * BLOCK;
+      int rows = (int)std::min<int64_t>(BLOCK, d_out - i);
+      float out[BLOCK * MAX_VECTORS];
+      for (int64_t first = 0, count; first < n; first += count) {
+        for (count = MAX_VECTORS; count > n - first;) count /= 2;  // 8, 4, 2 or 1 at a time
 #ifdef X86
-        if (level >= AVX512) {
-          if (rows == 2) avx512::dots<2>(w, i, fixed, laid, first, count, where, t.data(), gathered.data(), out);
-          else avx512::dots<1>(w, i, fixed, laid, first, count, where, t.data(), gathered.data(), out);
-        } else if (level == AVX2) {
-          for (int b = 0; b < count; b++)
-            for (int64_t c = 0; c < chunks; c++) t[b * stride + c] = scale[c] * fixed.scale[(first + b) * stride + c];
-          avx2::dots(w, i, fixed, laid, first, count, t.data(), out);
-        }
+        if (level >= AVX512) avx512::block_dots(call, digits, i, rows, first, (int)count, scale.data(), out);
 #endif
-        if (level < AVX2) portable::dots(w, i, fixed, first, count, scale.data(), codes.data(), out);
         if (level < AVX512)
-          for (int b = 0; b < count; b++)
-            for (int64_t c = 0; c < chunks; c++) out[b] -= scale[c] * zero[c] * fixed.scale_sum[(first + b) * stride + c];
+          for (int r = 0; r < rows; r++) {
+            float* to = out + r * MAX_VECTORS;
+            w.row(i + r, scale.data(), zero.data());
+#ifdef X86
+            if (level == AVX2) {
+              for (int64_t b = 0; b < count; b++)
+                for (int64_t c = 0; c < chunks; c++) t[b * stride + c] = scale[c] * fixed.scale[(first + b) * stride + c];
+              avx2::dots(w, i + r, fixed, laid, first, (int)count, t.data(), to);
+            }
+#endif
+            if (level < AVX2) portable::dots(w, i + r, fixed, first, (int)count, scale.data(), codes.data(), to);
+            for (int b = 0; b < count; b++)
+              for (int64_t c = 0; c < chunks; c++) to[b] -= scale[c] * zero[c] * fixed.scale_sum[(first + b) * stride + c];
+          }
         for (int r = 0; r < rows; r++)
           for (int b = 0; b < count; b++) {
             float add = bias ? load_float(bias, i + r, dtype) : 0;
