@@ -28,7 +28,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -46,7 +46,7 @@ from recipes.common.block_selection import (
     Calibrated,
     Choice,
     apply_masks,
-    choose_blocks,
+    choose_in_rounds,
     magnitude_masks,
     parse_block,
     select_layers,
@@ -55,6 +55,7 @@ from recipes.common.block_selection import (
 )
 from recipes.common.image_batches import ImageTensors
 from recipes.common.images import ImageData, calibration_images
+from recipes.common.runner import cached_json
 from recipes.common.training import Schedule
 from recipes.common.vision import VisionRecipe, VisionRun
 from zoo.errors import UserError
@@ -68,15 +69,15 @@ TINY_SHAPE = {
     "intermediate_size": 384,
     "patch_size": 16,
 }
-TINY_SCHEDULE = Schedule(epochs=60, batch_size=64, lr=1e-3, optimizer="adamw", weight_decay=0.05, warmup_epochs=5)
+TINY_SCHEDULE = Schedule(epochs=40, batch_size=32, lr=1e-3, optimizer="adamw", weight_decay=0.05, warmup_epochs=5)
 CALIBRATION_BATCH = 64
 BITS = 32  # of the numbers in the energy model: checkpoints of image models are fp32
 
 # What each rival changes of the flags, and the rivals that remove single weights.
-L1 = {"rank": "l1", "power_mode": "off", "reconstruct": "none"}
-CODE = {"target_fn": "sq", "rank": "taylor", "alloc": "derivative", "power_mode": "official", "reconstruct": "none"}
-VARIANTS = {  # changes of the flags that each rival means
+L1 = {"rank": "l1", "power_mode": "off", "rounds": 1, "reconstruct": "none"}
+VARIANTS = {
     "lpvit-no-ls": {"reconstruct": "none"},
+    "lpvit-one-round": {"rounds": 1},
     "uniform-l1": L1 | {"alloc": "uniform"},
     "uniform-l1+ls": L1 | {"alloc": "uniform", "reconstruct": "ls"},
     "global-l1": L1 | {"alloc": "global"},
@@ -89,10 +90,24 @@ VARIANTS = {  # changes of the flags that each rival means
         "power_mode": "off",
         "reconstruct": "none",
     },
-    "lpvit-code": CODE,
+    "global-fisher+ls": {
+        "target_fn": "out",
+        "rank": "fisher",
+        "alloc": "global",
+        "power_mode": "off",
+        "reconstruct": "ls",
+    },
+    "lpvit-code": {
+        "target_fn": "sq",
+        "rank": "taylor",
+        "alloc": "derivative",
+        "power_mode": "official",
+        "rounds": 1,
+        "reconstruct": "none",
+    },
 }
 UNSTRUCTURED = {"magnitude": magnitude_masks, "wanda": wanda_masks}
-SWEPT = ("lpvit-no-ls", "uniform-l1", "uniform-l1+ls", "global-l1", "global-fisher")
+SWEPT = ("lpvit-no-ls", "uniform-l1", "uniform-l1+ls", "global-l1", "global-fisher", "global-fisher+ls")
 
 
 @dataclass
@@ -109,7 +124,8 @@ class LPViT(VisionRecipe):
         default="easy-vqa",
         metadata={"help": "images to calibrate, train and measure on: cifar10, easy-vqa, a folder, or a Hub data set"},
     )
-    nsamples: int = field(default=1024, metadata={"help": "calibration images, without labels"})
+    nsamples: int = field(default=1024, metadata={"help": "calibration images, without labels, for the least squares"})
+    curve_samples: int = field(default=256, metadata={"help": "images, of those, for the statistics of the blocks"})
     block: str = field(default="16,16", metadata={"help": "rows,columns of a block, multiples of 4 from 4 to 128"})
     target: float = field(
         default=0.5, metadata={"help": "what the pruned layers may still cost, as a fraction of dense"}
@@ -142,6 +158,9 @@ class LPViT(VisionRecipe):
             " curves: equal shares, one threshold on the scores, LAMP, Erdos-Renyi",
             "choices": ["lagrangian", "derivative", "uniform", "global", "lamp", "erk"],
         },
+    )
+    rounds: int = field(
+        default=16, metadata={"help": "steps towards the target, each on statistics of the model as pruned so far"}
     )
     power_mode: str = field(
         default="physical",
@@ -180,6 +199,7 @@ class LPViT(VisionRecipe):
 
     method = "lpvit"
     trains = False
+    _calibrated = None  # of the seed in work
     paper_title = "LPViT: Low-Power Semi-structured Pruning for Vision Transformers"
     arxiv = "2407.02068"
 
@@ -196,8 +216,13 @@ class LPViT(VisionRecipe):
                 raise UserError(
                     f"--target {target}: more than 0, at least --min_density {self.min_density} and at most 1 are needed."
                 )
-        if self.probes < 1 or self.nsamples < 1:
-            raise UserError(f"--probes {self.probes} --nsamples {self.nsamples}: 1 or more of each are needed.")
+        for name in ("probes", "rounds", "curve_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: 1 or more is needed.")
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs}: fewer than --epochs {self.epochs} are needed.")
+        if self.nsamples < self.curve_samples:
+            raise UserError(f"--nsamples {self.nsamples}: at least --curve_samples {self.curve_samples} are needed.")
         if self.rank == "taylor" and self.target_fn != "sq":
             raise UserError(
                 "--rank taylor: the mean gradient of --target_fn sq is needed; other gradients average to 0."
@@ -267,7 +292,7 @@ class LPViT(VisionRecipe):
         return [*own, *VARIANTS, *UNSTRUCTURED]
 
     def choice(self, variant: str) -> Choice:
-        own = Choice(self.target_fn, self.rank, self.alloc, self.power_mode, self.reconstruct)
+        own = Choice(self.target_fn, self.rank, self.alloc, self.power_mode, self.rounds, self.reconstruct)
         return replace(own, **VARIANTS.get(variant, {}))
 
     def make(self, run: VisionRun, variant: str, seed: int) -> PreTrainedModel:
@@ -277,7 +302,9 @@ class LPViT(VisionRecipe):
             return model if self.base else run.train(model, "dense", seed, schedule=TINY_SCHEDULE)
         if variant == "lpvit-finetuned":
             return self.train_blocks(run, run.trained(self.method, seed), seed)
-        model, _ = self.prune(run, variant, seed, self.target)
+        model, errors = self.prune(run, variant, seed, self.target)
+        if variant == self.method and run.processes.rank == 0:
+            cached_json(run.state / "errors" / f"{seed}.json", lambda: errors)
         return self.train_blocks(run, model, seed) if self.finetune and variant == self.method else model
 
     def prune(self, run: VisionRun, variant: str, seed: int, target: float) -> tuple[PreTrainedModel, dict]:
@@ -286,32 +313,30 @@ class LPViT(VisionRecipe):
         if variant in UNSTRUCTURED:
             return apply_masks(calibrated.model, UNSTRUCTURED[variant](calibrated, target)), {}
         choice = self.choice(variant)
-        keeps = choose_blocks(
-            calibrated,
-            choice,
-            target,
-            budget=self.budget,
-            min_density=self.min_density,
-            power_weight=self.power_weight,
-            table=self.table,
-        )
-        masks = weight_masks(keeps, calibrated)
+        key = (replace(choice, reconstruct="none"), target)
+        if key not in calibrated.chosen:
+            settings = {"budget": self.budget, "min_density": self.min_density, "power_weight": self.power_weight}
+            calibrated.chosen[key] = choose_in_rounds(calibrated, choice, target, table=self.table, **settings)
+        masks = weight_masks(calibrated.chosen[key], calibrated)
         model, errors = apply_masks(calibrated.model, masks), {}
         if choice.reconstruct == "ls":
             with tqdm(total=len(masks), desc=f"{variant} at {target:g}: refitting", unit="layer", disable=None) as bar:
-                errors = reconstruct(
-                    model, calibrated.model, masks, calibrated.batches, calibrated.block[0], bar.update
-                )
+                images = self.pixels(run, seed, self.nsamples)
+                errors = reconstruct(model, calibrated.model, masks, images, calibrated.block[0], bar.update)
         return model, errors
 
     def calibrated(self, run: VisionRun, seed: int) -> Calibrated:
         """The dense model of a seed with its calibration images; the last one is kept."""
         if self._calibrated is None or self._calibrated.seed != seed:
-            images = ImageTensors(calibration_images(run.data, self.nsamples, seed), run.processor)
-            batches = [images.normalize(pixels) for pixels, _ in images.batches(CALIBRATION_BATCH)]
             model = run.trained("dense", seed).to(self.device)
-            self._calibrated = Calibrated(model, self.layers_of(model), self.blocks, batches, seed, self.probes)
+            images = self.pixels(run, seed, self.curve_samples)
+            self._calibrated = Calibrated(model, self.layers_of(model), self.blocks, images, seed, self.probes)
         return self._calibrated
+
+    def pixels(self, run: VisionRun, seed: int, count: int) -> list[Tensor]:
+        """Calibration images as the model's input, in batches."""
+        images = ImageTensors(calibration_images(run.data, count, seed), run.processor)
+        return [images.normalize(pixels) for pixels, _ in images.batches(CALIBRATION_BATCH)]
 
     def train_blocks(self, run: VisionRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         """Fine-tuned on its kept blocks: they are the parameters, so nothing that was pruned has a value, a gradient or a
@@ -336,7 +361,7 @@ class LPViT(VisionRecipe):
 
     def layer_rows(self, run: VisionRun, packed: PreTrainedModel) -> list[dict]:
         """What was packed; losses are relative output errors on the calibration images, before and after least squares."""
-        _, errors = self.prune(run, self.method, run.seeds[0], self.target)
+        errors = cached_json(run.state / "errors" / f"{run.seeds[0]}.json", dict)
         rows = []
         for name, spec in packed.config.compression_config["modules"].items():
             layer = packed.get_submodule(name)
@@ -365,22 +390,22 @@ class LPViT(VisionRecipe):
         findings = {"notes": notes, "tables": {"Cost of an image": table}}
         targets = sorted({self.target, *self.densities} - {1.0}, reverse=True)
         if targets != [self.target]:
-            series = {name: [self.point(run, name, t) for t in targets] for name in self.swept()}
-            sweep = {"x": f"fraction of {self.budget} kept", "log": False, "series": series}
-            findings["sweeps"] = {"Accuracy by what is kept of the pruned layers": sweep}
+            findings["sweeps"] = {"Accuracy by what is kept of the pruned layers": self.sweep(run, targets)}
         return findings
 
-    def swept(self) -> list[str]:
-        """The variants that are measured at all --densities: the own one, and those of the rivals that ran."""
-        return [self.method, *(name for name in SWEPT if name in self.chosen())]
-
-    def point(self, run: VisionRun, variant: str, target: float) -> dict:
-        """A variant at a target, over all seeds."""
-        runs = []
-        for seed in run.seeds:
-            key = f"{variant}-{seed}" if target == self.target else f"{variant}-{seed}-at-{target:g}"
-            runs.append(run.measure(key, partial(self.pruned, run, variant, seed, target)))
-        return {"x": target, "metrics": {"accuracy": reports.over_seeds(runs)["accuracy"]}}
+    def sweep(self, run: VisionRun, targets: list[float]) -> dict:
+        """The own variant, and those of the main rivals that ran, at all targets."""
+        names = [self.method, *(name for name in SWEPT if name in self.chosen())]
+        series = {name: [{"x": target, "metrics": []} for target in targets] for name in names}
+        for seed in run.seeds:  # outermost: the statistics of one seed are kept at a time
+            for name, points in series.items():
+                for point in points:
+                    key = f"{name}-{seed}" if point["x"] == self.target else f"{name}-{seed}-at-{point['x']:g}"
+                    point["metrics"].append(run.measure(key, partial(self.pruned, run, name, seed, point["x"])))
+        for points in series.values():
+            for point in points:
+                point["metrics"] = {"accuracy": reports.over_seeds(point["metrics"])["accuracy"]}
+        return {"x": f"fraction of {self.budget} kept", "log": False, "series": series}
 
     def pruned(self, run: VisionRun, variant: str, seed: int, target: float) -> PreTrainedModel:
         return self.prune(run, variant, seed, target)[0]

@@ -37,6 +37,7 @@ from recipes.common.block_pruning import (
     taylor_scores,
     tokens,
 )
+from recipes.common.runner import module_seed
 from zoo.errors import UserError
 
 
@@ -48,6 +49,7 @@ class Choice:
     rank: str
     alloc: str
     power_mode: str
+    rounds: int
     reconstruct: str
 
 
@@ -111,6 +113,9 @@ class Calibrated:
     probes: int = 1
     statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # {target: {layer: S}}
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    chosen: dict[tuple[Choice, float], dict[str, Tensor]] = field(
+        default_factory=dict
+    )  # blocks kept, by choice and target
 
     def __post_init__(self):
         with torch.no_grad(), captured(self.layers) as seen:
@@ -227,6 +232,25 @@ def choose_blocks(
         keep = torch.ones(len(order), dtype=torch.bool)
         keep[order[: removed[name]]] = False
         keeps[name] = keep.view(scores[name].shape)
+    return keeps
+
+
+def choose_in_rounds(calibrated: Calibrated, choice: Choice, target: float, **settings) -> dict[str, Tensor]:
+    """`choose_blocks` in `choice.rounds` equal steps towards the target, each on the model as pruned so far.
+
+    Curves are second-order around the model that they are taken at: a softmax that saturates has no slope, so that all
+    queries and keys seem to be free at first, and cost much once some of them are gone. What is gone has slope 0, goes
+    first again, and stays gone.
+    """
+    current = calibrated
+    for step in range(1, choice.rounds + 1):
+        share = step / choice.rounds
+        keeps = choose_blocks(current, choice, 1 - (1 - target) * share if step < choice.rounds else target, **settings)
+        if step < choice.rounds:
+            model = apply_masks(calibrated.model, weight_masks(keeps, calibrated))
+            layers = {name: model.get_submodule(name) for name in calibrated.layers}
+            seed = module_seed(calibrated.seed, f"round {step}")
+            current = replace(calibrated, model=model, layers=layers, seed=seed, statistics={}, gradients={})
     return keeps
 
 

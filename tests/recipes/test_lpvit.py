@@ -54,7 +54,7 @@ from recipes.common.block_selection import (
 from recipes.lpvit import VARIANTS
 from zoo.errors import UserError
 
-OWN = Choice("out", "fisher", "lagrangian", "physical", "ls")
+OWN = Choice("out", "fisher", "lagrangian", "physical", 4, "ls")
 ALL = {"include": "", "exclude": "", "embed": False, "head": False, "ragged": False}
 
 
