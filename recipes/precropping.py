@@ -67,7 +67,7 @@ class Precropping(VisionRecipe):
     """Crop the channels of a convolutional network before training, under budgets of weights and of MACs."""
 
     model: str = field(
-        default="resnet-14",
+        default="resnet-8",
         metadata={
             "help": "architecture, such as resnet-20, resnet-20-8 (width 8), vgg-16, mobilenet-v2, or a folder or Hub id"
         },
@@ -113,6 +113,12 @@ class Precropping(VisionRecipe):
     sweep: list[float] = field(
         default_factory=list,
         metadata={"help": "further budgets, as fractions, at which it is compared with a width multiplier"},
+    )
+    epochs: int = field(default=4, metadata={"help": "passes over the training images"})
+    batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
+    baselines: list[str] = field(
+        default_factory=lambda: [*CROPPED, "same-p-mask", "erk-mask", "synflow-mask"],
+        metadata={"help": f"baselines to run beside it, of {', '.join(CROPPED + MASKED)}; 'none' for none"},
     )
     dry_run: bool = field(default=False, metadata={"help": "print the widths and what they cost, and stop"})
 

@@ -85,6 +85,18 @@ ENTRIES = (
         base="HuggingFaceTB/SmolLM2-135M-Instruct",
         hub_repo="slimzoo/smollm2-135m-instruct-kvtuner",
     ),
+    Entry(
+        name="resnet-8-cifar10-precropping",
+        recipe="precropping",
+        base="resnet-8 on cifar10",
+        hub_repo="slimzoo/resnet-8-cifar10-precropping",
+    ),
+    Entry(
+        name="vit-tiny-easy-vqa-lpvit-50",
+        recipe="lpvit",
+        base="vit-tiny on easy-vqa",
+        hub_repo="slimzoo/vit-tiny-easy-vqa-lpvit",
+    ),
 )
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from zoo.errors import UserError
 from zoo.models import slim_class_for
+from zoo.models.mobilenet_v2 import SlimMobileNetV2Config
 from zoo.models.resnet import SlimResNetConfig, cifar_resnet_config
 from zoo.models.vgg import DEPTHS, cifar_vgg_config
 
@@ -18,9 +19,10 @@ IMAGENET_RESNETS = {  # depth: (kind of block, blocks of each stage, width of th
     50: ("bottleneck", [3, 4, 6, 3], 256),
     101: ("bottleneck", [3, 4, 23, 3], 256),
 }
+SMALL_IMAGE = 64  # pixels up to which MobileNetV2 does not halve the image twice at its start
 KNOWN = (
     "resnet-N (N = 6n + 2, for small images) and resnet-N-W of another width, resnet-18, -34, -50, -101, wrn-50-2,"
-    " vgg-11, -13, -16, -19 (for small images), a folder or a Hub id"
+    " vgg-11, -13, -16, -19 (for small images), mobilenet-v2 and mobilenet-v2-W of W times the width, a folder or a Hub id"
 )
 
 
@@ -46,6 +48,9 @@ def architecture(name: str, num_labels: int, image_size: int):
     found = re.fullmatch(r"vgg-(\d+)", name)
     if found and int(found[1]) in DEPTHS:
         return cifar_vgg_config(int(found[1]), num_labels, image_size)
+    found = re.fullmatch(r"mobilenet-v2(?:-(\d*\.?\d+))?", name)
+    if found and float(found[1] or 1) > 0:
+        return _mobilenet_v2(float(found[1] or 1), num_labels, image_size)
     found = re.fullmatch(r"resnet-(\d+)(?:-(\d+))?", name)
     if found:
         depth, width = int(found[1]), int(found[2] or 16)
@@ -72,4 +77,14 @@ def _imagenet_resnet(depth: int, num_labels: int, image_size: int, **more) -> Sl
         num_labels=num_labels,
         image_size=image_size,
         **more,
+    )
+
+
+def _mobilenet_v2(width: float, num_labels: int, image_size: int) -> SlimMobileNetV2Config:
+    return SlimMobileNetV2Config(
+        depth_multiplier=width,
+        stem="cifar" if image_size <= SMALL_IMAGE else "imagenet",
+        classifier_dropout_prob=0.2,  # stock's 0.8 is the share that TensorFlow keeps
+        num_labels=num_labels,
+        image_size=image_size,
     )

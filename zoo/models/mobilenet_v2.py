@@ -8,6 +8,8 @@ from ..errors import UserError
 from .packed import IMAGE_CLASSES, PackedConfigMixin, PackedModelMixin
 from .widths import STEMS, Groups, WidthsConfigMixin, resize_channels
 
+MOMENTUM = 0.1  # of running statistics in training; stock's 0.997, TensorFlow's decay, would keep the last batch only
+
 
 @strict
 class SlimMobileNetV2Config(WidthsConfigMixin, PackedConfigMixin, MobileNetV2Config):
@@ -26,7 +28,7 @@ class SlimMobileNetV2Config(WidthsConfigMixin, PackedConfigMixin, MobileNetV2Con
 
 
 class _MobileNetV2Mixin:
-    """Mixed in between PackedModelMixin and the stock class: stem and widths, before anything is packed."""
+    """Mixed in between PackedModelMixin and the stock class: stem, widths and momentum, before anything is packed."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -36,6 +38,9 @@ class _MobileNetV2Mixin:
             self.base_model.conv_stem.first_conv.convolution.stride = (1, 1)
             self.base_model.layer[0].conv_3x3.convolution.stride = (1, 1)
         resize_channels(self, channel_groups(self), config.widths or {})
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = MOMENTUM
         self.post_init()  # the new layers
 
 
