@@ -20,13 +20,13 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
 @contextmanager
-def served(name: str, folder: Path, *arguments: str) -> Iterator[str]:
-    """The URL of spaces/<name>, started offline on the checkpoint `folder`."""
+def served(name: str, folder: Path, *arguments: str | Path) -> Iterator[str]:
+    """The URL of spaces/<name>, started offline on the checkpoint `folder`; `arguments` follow it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | OFFLINE | {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
-    command = [sys.executable, f"spaces/{name}/app.py", "--checkpoint", str(folder), *arguments]
+    command = [sys.executable, f"spaces/{name}/app.py", "--checkpoint", *map(str, (folder, *arguments))]
     log = (folder.parent / "log").open("w")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
@@ -44,25 +44,18 @@ def served(name: str, folder: Path, *arguments: str) -> Iterator[str]:
 
 
 def made(recipe: str, base: Path, output: Path, *flags: str) -> Path:
-    """A checkpoint made from a tiny base by the recipe's own command."""
+    """A checkpoint made from a tiny language model by the recipe's own command."""
     text = base.parent / "calibration.txt"
     text.write_text("a quick test of how the recipe runs from start to end with some plain words " * 60)
-    command = [
-        sys.executable,
-        "-m",
-        "recipes",
-        recipe,
-        "--model",
-        base,
-        "--calibration",
-        text,
-        "--output",
-        output,
-        *flags,
-    ]
-    process = subprocess.run([*map(str, command)], env=os.environ | OFFLINE, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    run_recipe(recipe, "--model", base, "--calibration", text, "--output", output, *flags)
     return output
+
+
+def run_recipe(recipe: str, *flags: str | Path) -> None:
+    """The recipe's own command, offline."""
+    command = [sys.executable, "-m", "recipes", recipe, *map(str, flags)]
+    process = subprocess.run(command, env=os.environ | OFFLINE, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.fixture(scope="session")
