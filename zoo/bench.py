@@ -277,7 +277,7 @@ def bench_attention(batch: int, tokens: int, repeats: int) -> list[dict]:
 
 def build_model(kind: str) -> nn.Module:
     """A random LLaMA-shaped model of 1 B parameters: dense_bf16, dense_fp32, armor with random 2:4 cores, or packed_4 and
-    packed_8 with random codes of so many bits in groups of 128 (the head stays bf16)."""
+    packed_8 with random codes of so many bits in groups of 128, the head too."""
     dtype = torch.float32 if kind == "dense_fp32" else torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ONE_B, dtype=dtype)
@@ -285,7 +285,9 @@ def build_model(kind: str) -> nn.Module:
             spec = {"format": "armor", "block_in": BLOCK, "block_out": BLOCK, "pattern": [2, 4]}
             if kind != "armor":
                 spec = {"format": "packed", "bits": int(kind[-1]), "group_size": GROUP, "zeros": "integer"}
-            linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+            linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+            if kind == "armor":
+                linears.remove("lm_head")
             pack_layers(model, dict.fromkeys(linears, spec))
     rotary = type(model.model.rotary_emb)(ONE_B)
     model.to_empty(device="cpu")

@@ -1,5 +1,8 @@
 """packed_linear: a linear layer whose weight is stored as codes of 1 to 8 bits with a scale and a zero per group."""
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,23 +27,30 @@ def _compute(
 ) -> Tensor:
     if on_gpu(x):
         return packed_linear_triton(x, qweight, scales, zeros, bias, bits)
-    lib = library("packed_linear") if x.device.type == "cpu" else None
+    lib = _library() if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
         return packed_linear_reference(x, qweight, scales, zeros, bias, bits=bits, group_size=group_size)
     d_out, d_in = len(qweight), x.shape[-1]
-    rows = x.reshape(-1, d_in).contiguous()
-    qweight, scales = qweight.contiguous(), scales.contiguous()
+    x, qweight, scales = x.contiguous(), qweight.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
+    bias = None if bias is None else bias.contiguous()
     zeros_kind = 0 if zeros is None else 1 if zeros.dtype == torch.uint8 else 2
-    sizes = integers(d_in, scales.shape[1])
-    out = x.new_empty(len(rows), d_out)
+    out = x.new_empty(*x.shape[:-1], d_out)
     digits = 1 if int8 else 3 if x.dtype == torch.float32 else 2
-    skinny = len(rows) <= SKINNY
+    n = x.numel() // d_in
+    skinny = n <= SKINNY
     if skinny:
         skinny = not lib.slimzoo_packed_linear(
-            *map(pointer, (rows, qweight, scales, zeros, bias, out)),
-            *integers(len(rows), d_out),
-            *sizes,
+            x.data_ptr(),
+            qweight.data_ptr(),
+            scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            n,
+            d_out,
+            d_in,
+            scales.shape[1],
             bits,
             zeros_kind,
             digits,
@@ -49,6 +59,7 @@ def _compute(
             torch.get_num_threads(),
         )
     if not skinny:  # many rows, or NaN or Inf in x, which have no fixed-point form
+        rows, result, sizes = x.view(-1, d_in), out.view(-1, d_out), integers(d_in, scales.shape[1])
         tile_rows = max(1, min(d_out, TILE_BYTES // (d_in * x.element_size())))
         tile = scratch("tile", (tile_rows, d_in), x.dtype)
         for first in range(0, d_out, tile_rows):
@@ -65,10 +76,20 @@ def _compute(
             )
             part = tile[: last - first].T
             if bias is None:
-                torch.mm(rows, part, out=out[:, first:last])
+                torch.mm(rows, part, out=result[:, first:last])
             else:
-                torch.addmm(bias[first:last], rows, part, out=out[:, first:last])
-    return out.view(*x.shape[:-1], d_out)
+                torch.addmm(bias[first:last], rows, part, out=result[:, first:last])
+    return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; the types of the arguments, once said, make a call with plain integers cheap."""
+    lib = library("packed_linear")
+    if lib is not None:
+        sizes = [ctypes.c_int64] * 4  # n, d_out, d_in, groups
+        lib.slimzoo_packed_linear.argtypes = [ctypes.c_void_p] * 6 + sizes + [ctypes.c_int] * 6
+    return lib
 
 
 _op = define(
