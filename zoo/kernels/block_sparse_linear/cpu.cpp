@@ -2,16 +2,18 @@
 //
 // Operations: 2 b_r b_c per kept block and token, so arithmetic bounds everything but a handful of tokens. A micro-tile
 // of y, on AVX-512 14 tokens x 32 outputs or 28 x 16, stays in 28 registers while the kept columns of a block-row pass:
-// per input 2 loads of weights and 14 broadcasts of x for 28 multiply-adds. For that the weights of a block-row are laid
-// out (inputs, outputs) and x (inputs, tokens of a micro-tile), transposed 16 x 16 in registers: a third of a cycle per
-// number, which for weights is the price of six tokens. A tile of x fits the second-level cache and meets all block-rows;
-// weights stream past it at 4.5 bytes a cycle divided by its micro-tiles. Products of bf16 pairs take pairs for numbers.
+// per input 2 loads of weights and 14 broadcasts of x for 28 multiply-adds. For that a block-row's weights are laid out
+// (inputs, outputs) and x (inputs, tokens of a micro-tile), transposed 16 x 16 in registers: a third of a cycle per
+// number, which for weights is the price of six tokens. A tile of x fits the second-level cache and meets all rows of
+// blocks; weights stream past it at 4.5 bytes a cycle over its micro-tiles. For bf16 pairs, numbers are pairs.
 // Few tokens take dot products with the blocks as they are stored: each weight is read once, from memory.
 //
 // Measured on a Zen 4 core, 768 x 768, half of the blocks, 1576 tokens: 100 of 115 GFLOP/s in fp32, 195 of 228 in bf16,
 // the same for blocks of 16, 32 and 64. What is missing is the layout and the sums' way to y.
 #include <omp.h>
 
+#include <atomic>
+#include <thread>
 #include <utility>
 
 #include "simd.hpp"
@@ -371,28 +373,34 @@ struct Plan {
   }
 };
 
+static void pack_block_row(const Weight& w, const Plan& plan, int64_t p, float* packed) {
+  const Micro& micro = plan.micro;
+  for (int64_t r = 0; r < w.b_r; r += micro.width) {
+    int64_t left = std::min<int64_t>(micro.width, w.b_r - r);
+    int64_t width = left > micro.lanes ? micro.width : micro.lanes;
+    float* to = packed + plan.panel(w, p, r);
+    for (int64_t i = w.crow[p]; i < w.crow[p + 1]; i++, to += plan.depth * width)
+      for (int64_t lane = 0; lane < width; lane += micro.lanes)
+        micro.pack((const uint8_t*)w.blocks + (i * w.b_r + r + lane) * w.b_c * item_size(w.dtype), w.b_c,
+                   (int)std::min<int64_t>(micro.lanes, left - lane), w.b_c, plan.depth, plan.kind, to + lane, width);
+  }
+}
+
+// The block-rows are laid out by whoever comes first: no thread waits for all, which on a busy machine takes longest.
+enum State : char { AS_STORED, IN_WORK, PACKED };
+
 static void wide_product(const Weight& w, const Plan& plan, const void* x, const void* bias, void* y, float* scratch,
                          int64_t n, int threads) {
   const Micro& micro = plan.micro;
   int64_t nnz = w.crow[w.rows()], item = item_size(w.dtype);
   float *packed_w = scratch, *packed_x = scratch + nnz * plan.block_floats + SLACK;
+  std::vector<std::atomic<char>> states(w.rows());
+  for (auto& state : states) state.store(AS_STORED, std::memory_order_relaxed);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < w.rows(); p++)
-      for (int64_t r = 0; r < w.b_r; r += micro.width) {
-        int64_t left = std::min<int64_t>(micro.width, w.b_r - r);
-        int64_t width = left > micro.lanes ? micro.width : micro.lanes;
-        float* to = packed_w + plan.panel(w, p, r);
-        for (int64_t i = w.crow[p]; i < w.crow[p + 1]; i++, to += plan.depth * width)
-          for (int64_t lane = 0; lane < width; lane += micro.lanes)
-            micro.pack((const uint8_t*)w.blocks + (i * w.b_r + r + lane) * w.b_c * item, w.b_c,
-                       (int)std::min<int64_t>(micro.lanes, left - lane), w.b_c, plan.depth, plan.kind, to + lane,
-                       width);
-      }
     float* tile = packed_x + omp_get_thread_num() * plan.x_floats();
     int64_t held = -1, first = 0, tokens = 0, parts = 0;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t task = 0; task < plan.tiles * plan.row_parts; task++) {
       int64_t part = task % plan.row_parts;
       if (held != task / plan.row_parts) {  // micro-tiles of equal size, or one token less
@@ -407,7 +415,15 @@ static void wide_product(const Weight& w, const Plan& plan, const void* x, const
                        tile + from * plan.row_floats + t, to - from);
         }
       }
-      for (int64_t p = w.rows() * part / plan.row_parts; p < w.rows() * (part + 1) / plan.row_parts; p++) {
+      int64_t begin_row = w.rows() * part / plan.row_parts, rows = w.rows() * (part + 1) / plan.row_parts - begin_row;
+      for (int64_t step = 0; step < rows; step++) {
+        int64_t p = begin_row + (step + held * rows / plan.tiles) % rows;  // tiles begin apart
+        char state = AS_STORED;
+        if (states[p].compare_exchange_strong(state, IN_WORK)) {
+          pack_block_row(w, plan, p, packed_w);
+          states[p].store(PACKED, std::memory_order_release);
+        }
+        while (states[p].load(std::memory_order_acquire) != PACKED) std::this_thread::yield();
         int64_t begin = w.crow[p], height = std::min(w.b_r, w.d_out - p * w.b_r);
         for (int64_t r = 0; r < height; r += micro.width) {
           int width = (int)std::min<int64_t>(micro.width, height - r);
