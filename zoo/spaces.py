@@ -48,6 +48,8 @@ def open_image(path: str | Path) -> Image.Image:
                     f"The image has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are allowed."
                 )
             return ImageOps.exif_transpose(image).convert("RGB")
+    except UserError:  # a ValueError too
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on damaged files
         raise UserError("The file is not an image that can be read; upload a PNG, JPEG or WebP.") from None
 
