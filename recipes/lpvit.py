@@ -274,6 +274,14 @@ class LPViT(VisionRecipe):
     def base_row(self, run: VisionRun) -> dict:
         return super().base_row(run) if self.base is None else reports.base_row(self.base)
 
+    @property
+    def keeps_dense(self) -> bool:
+        return self.base is None  # nobody else has it
+
+    @property
+    def images_used(self) -> int:
+        return self.nsamples
+
     def layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         return select_layers(
             model,

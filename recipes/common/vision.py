@@ -177,6 +177,16 @@ class VisionRecipe(Recipe):
             raise UserError(f"--baselines {unknown[0]}: one of {', '.join(known)} or none is needed.")
         return ["dense", self.method, *(name for name in known if name in self.baselines or not self.baselines)]
 
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether the dense model is kept beside the checkpoint."""
+        return self.trains
+
+    @property
+    def images_used(self) -> int | None:
+        """Training images that the method looks at; None for all."""
+        return self.train_items
+
     def load_data(self) -> ImageData:
         return load_data(self.settings())
 
@@ -236,7 +246,7 @@ class VisionRecipe(Recipe):
             recipe=self,
             base_model=self.base_row(run),
             data={
-                used: run.data.row("train", self.train_items),
+                used: run.data.row("train", self.images_used),
                 "validation": run.data.row("validation"),
                 "evaluation": evaluation_rows(run.data, own[0]),
             },
@@ -252,7 +262,7 @@ class VisionRecipe(Recipe):
         )
         reports.write(report, folder)
         print(reports.render_table(report))
-        if self.trains:
+        if self.keeps_dense:
             self.keep_dense(run)
         if self.output_path.exists():
             shutil.rmtree(self.output_path)
