@@ -16,6 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 static const int MAX_TILE = 128, MAX_HEAD = 256, MAX_GROUPS = 16;
+static const int64_t AHEAD = 16384;  // bytes: the next tiles, into the second-level cache; the first one is full of this one
 
 // The keys or the values of a layer; strides from one (row, head) to the next, in elements.
 struct Part {
@@ -193,7 +194,7 @@ TARGET_VNNI inline void columns(const uint8_t* base, int64_t stride, int64_t row
     __mmask64 m = bytes - at >= 64 ? ~0ull : _bzhi_u64(~0ull, bytes - at);
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++) {
-      _mm_prefetch((const char*)base + i * stride + at + PREFETCH, _MM_HINT_T0);
+      _mm_prefetch((const char*)base + i * stride + at + AHEAD, _MM_HINT_T1);
       r[i] = i < rows ? _mm512_maskz_loadu_epi8(m, base + i * stride + at) : _mm512_setzero_si512();
     }
     for (int i = 0; i < 16; i += 2) {
@@ -388,9 +389,17 @@ TARGET_VNNI inline void scores_by_channel(const Part& k, const Shape& s, State& 
 // How the values' codes fill vectors: rows of up to 16 or 32 bytes share one, four or two quads of tokens side by side.
 struct Lanes {
   int64_t bytes, chunks, planes, quads, width, group;  // quads of tokens in a vector, bytes of one of them
+  int32_t where[4][MAX_HEAD / 64][16];  // plane, chunk: the quad and group whose weights a lane takes
   Lanes(const Part& v, const Shape& s)
       : bytes(s.size * v.bits / 8), chunks((bytes + 63) / 64), planes(8 / v.bits),
-        quads(bytes > 32 ? 1 : bytes > 16 ? 2 : 4), width(64 / quads), group(s.size / v.groups) {}
+        quads(bytes > 32 ? 1 : bytes > 16 ? 2 : 4), width(64 / quads), group(s.size / v.groups) {
+    for (int64_t p = 0; p < planes; p++)
+      for (int64_t c = 0; c < chunks; c++)
+        for (int l = 0; l < 16; l++) {
+          int64_t channel = p * bytes + byte(c, 0, l / 4 * 4);
+          where[p][c][l] = (int32_t)(l / 4 * 16 / width * v.groups + std::min(channel / group, v.groups - 1));
+        }
+  }
   // Lane l of vector j (0 … 3) of chunk c is byte ….
   int64_t byte(int64_t c, int j, int lane) const { return 64 * c + 16 * (lane / 4) % width + 4 * j + lane % 4; }
 };
@@ -407,12 +416,12 @@ TARGET_VNNI inline void interleave(const uint8_t* base, const Lanes& lanes, int6
     if (lanes.quads == 1) {
       __mmask64 m = lanes.bytes - at >= 64 ? ~0ull : _bzhi_u64(~0ull, lanes.bytes - at);
       const uint8_t* row = base + (4 * q + i) * lanes.bytes + at;
-      _mm_prefetch((const char*)row + PREFETCH, _MM_HINT_T0);
+      _mm_prefetch((const char*)row + AHEAD, _MM_HINT_T1);
       r[i] = 4 * q + i < n ? _mm512_maskz_loadu_epi8(m, row) : _mm512_setzero_si512();
     } else if (lanes.quads == 2) {
       __mmask32 m = _bzhi_u32(~0u, lanes.bytes);
       const uint8_t *row = base + (4 * q + i) * lanes.bytes, *other = row + 4 * lanes.bytes;
-      _mm_prefetch((const char*)row + PREFETCH / 2, _MM_HINT_T0);
+      _mm_prefetch((const char*)row + AHEAD, _MM_HINT_T1);
       __m256i low = 4 * q + i < n ? _mm256_maskz_loadu_epi8(m, row) : _mm256_setzero_si256();
       __m256i high = 4 * q + 4 + i < n ? _mm256_maskz_loadu_epi8(m, other) : _mm256_setzero_si256();
       r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -484,12 +493,7 @@ TARGET_VNNI inline void add_values(const Part& v, const Lanes& lanes, const __m5
   for (int h = 0; h < HEADS; h++)
     for (int j = 0; j < 4; j++)
       for (int d = 0; d < DIGITS; d++) sum[h][j][d] = _mm512_setzero_si512();
-  alignas(64) int32_t where[16];
-  for (int l = 0; l < 16; l++) {
-    int64_t channel = plane * lanes.bytes + lanes.byte(c, 0, l / 4 * 4);
-    where[l] = (int32_t)(l / 4 * 16 / lanes.width * v.groups + std::min(channel / lanes.group, v.groups - 1));
-  }
-  const __m512i place = _mm512_load_si512(where);
+  const __m512i place = _mm512_loadu_si512(lanes.where[plane][c]);
   const int64_t stride = lanes.quads * v.groups * 4;
   const bool plain = lanes.quads * v.groups == 1;
   for (int64_t s = 0; s < steps; s++) {
@@ -519,9 +523,9 @@ TARGET_VNNI inline void add_values(const Part& v, const Lanes& lanes, const __m5
 
 // sum_t p_t v_t of a tile: in state.packed_out (heads, plane, chunk, 4, 16) in the order of `Lanes`, minima in state.offset.
 template <int DIGITS>
-TARGET_VNNI inline void values_by_token(const Part& v, const Shape& s, State& state, int64_t pair, int64_t first, int64_t n) {
+TARGET_VNNI inline void values_by_token(const Part& v, const Shape& s, const Lanes& lanes, State& state, int64_t pair,
+                                        int64_t first, int64_t n) {
   constexpr int TOGETHER = DIGITS == 2 ? 2 : 1;  // heads, by the registers that their sums take
-  const Lanes lanes(v, s);
   const int64_t steps = ((n + 3) / 4 + lanes.quads - 1) / lanes.quads, count = n * v.groups;
   const uint8_t* base = v.codes + pair * v.codes_stride + first * lanes.bytes;
   const int64_t at_scale = pair * v.scale_stride + first * v.groups;
@@ -557,8 +561,7 @@ TARGET_VNNI inline void values_by_token(const Part& v, const Shape& s, State& st
 }
 
 // Adds what `values_by_token` gathered to state.out.
-inline void collect(const Part& v, const Shape& s, State& state) {
-  const Lanes lanes(v, s);
+inline void collect(const Part& v, const Shape& s, const Lanes& lanes, State& state) {
   for (int64_t h = 0; h < s.heads; h++) {
     float* out = &state.out[h * s.size];
     for (int64_t plane = 0; plane < lanes.planes; plane++)
@@ -620,8 +623,9 @@ INLINE void soften(const Shape& s, State& state, const uint8_t* mask, int64_t n,
 template <int LEVEL, int DIGITS>
 INLINE void attend(const Part& k, const Part& v, const Shape& s, State& state, int64_t pair, const uint8_t* mask,
                    int64_t first, int64_t last, int64_t tile) {
-  #ifdef X86
+#ifdef X86
   const bool integers = LEVEL >= AVX512 && avx512::fits(v, s);
+  const avx512::Lanes lanes(v, s);
 #endif
   std::fill(state.peak.begin(), state.peak.end(), -INFINITY);
   std::fill(state.total.begin(), state.total.end(), 0.0f);
@@ -649,14 +653,14 @@ INLINE void attend(const Part& k, const Part& v, const Shape& s, State& state, i
     soften(s, state, mask ? mask + t : nullptr, n, LEVEL >= AVX512);
 #ifdef X86
     if (integers) {
-      if (nv) avx512::values_by_token<DIGITS>(v, s, state, pair, t, nv);
+      if (nv) avx512::values_by_token<DIGITS>(v, s, lanes, state, pair, t, nv);
     } else
 #endif
     if (nv) values_by_token(v, s, state, pair, t, nv);
     if (n > nv) dense_values(v, s, state, pair, t + nv - v.packed, n - nv, nv);
   }
 #ifdef X86
-  if (integers && v.packed) avx512::collect(v, s, state);
+  if (integers && v.packed) avx512::collect(v, s, lanes, state);
 #endif
 }
 
