@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 ARGS   ?=
 
-.PHONY: help env assets test test-peers bench bench-scale lint format cards verify
+.PHONY: help env assets test test-peers bench bench-peers bench-scale lint format cards verify
 .SECONDARY:
 
 help:                       ## this list
@@ -36,6 +36,10 @@ test-peers: assets          ## side-by-side checks against other engines; builds
 
 bench: env                  ## kernels and end-to-end speed against dense, in one run -> runs/bench.json
 	$(PY) -m zoo.bench $(ARGS)
+
+bench-peers: env            ## our packed bits against llama.cpp on a random 1B model; builds llama.cpp on first use
+	$(PY) -m pip install --quiet --editable ".[peers]"
+	$(PY) -m recipes.common.peers $(ARGS)
 
 bench-scale: env            ## compress the first blocks of a random 7B model and project the rest (writes 13.5 GB)
 	$(PY) -m recipes.common.scale $(ARGS)

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from .cache import CACHE
+from .cache import ATTENTION, CACHE
 from .kernels.armor_linear import armor_linear
 from .kernels.bitmask_linear import bitmask_linear
 from .kernels.bitmask_linear.reference import pack_bitmask
@@ -277,7 +277,7 @@ def bench_attention(batch: int, tokens: int, repeats: int) -> list[dict]:
 
 def build_model(kind: str) -> nn.Module:
     """A random LLaMA-shaped model of 1 B parameters: dense_bf16, dense_fp32, armor with random 2:4 cores, or packed_4 and
-    packed_8 with random codes of so many bits in groups of 128, the head too."""
+    packed_8 with random codes of so many bits in groups of 128, the head too, and attention by "slimzoo_kv"."""
     dtype = torch.float32 if kind == "dense_fp32" else torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ONE_B, dtype=dtype)
@@ -305,6 +305,8 @@ def build_model(kind: str) -> nn.Module:
         else:
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
+    if kind.startswith("packed"):
+        model.set_attn_implementation(ATTENTION)
     return model.eval()
 
 

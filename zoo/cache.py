@@ -432,16 +432,19 @@ def _restore(layer: CacheLayerMixin, found: dict[str, Tensor], length: int) -> N
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """ "slimzoo_kv": as transformers' "sdpa", but what a layer of this cache hands out is read from its codes."""
-    if isinstance(key, Tensor):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """ "slimzoo_kv": as transformers' "sdpa", but what a layer of this cache hands out is read from its codes, and dense
+    keys and values are read once for all query heads where one token is decoded on a CPU without gradients."""
+    packed = not isinstance(key, Tensor)
     plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1))
-    if not plain:
-        dense = (key.dequantize(), value.dequantize())
-        return sdpa_attention_forward(module, query, *dense, attention_mask, scaling=scaling, **kwargs)
+    if packed and not plain:
+        key, value, packed = key.dequantize(), value.dequantize(), False
+    decoding = plain and query.shape[2] == 1 and query.is_cpu and not torch.is_grad_enabled()
+    if not packed and not (decoding and key.shape == value.shape):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, tokens = query.shape[0], key.shape[2]
     mask = None if attention_mask is None else attention_mask[:, 0, 0, :tokens].expand(rows, -1)
-    return kv_attention(query[:, :, 0], key.part, value.part, mask=mask, scaling=scaling)[:, None], None
+    parts = (key.part, value.part) if packed else (Part(None, None, None, key, 16), Part(None, None, None, value, 16))
+    return kv_attention(query[:, :, 0], *parts, mask=mask, scaling=scaling)[:, None], None
 
 
 AttentionInterface.register(ATTENTION, attention)

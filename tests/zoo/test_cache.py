@@ -10,6 +10,7 @@ from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import zoo  # noqa: F401
+import zoo.cache as cache_module
 from zoo.cache import ATTENTION, CACHE, KVTunerCache, KVTunerLayer, check_table
 from zoo.errors import UserError
 from zoo.kv_presets import PRESETS, kv_preset
@@ -84,6 +85,21 @@ def test_3_sixteen_bits_are_a_dynamic_cache(model, attention):
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     cache = KVTunerCache.from_config(model.config, table(((16, 16),) * 2))
     assert torch.equal(model.generate(IDS, **{CACHE: cache}, **options), model.generate(IDS, **options))
+
+
+def test_dense_keys_are_decoded_as_by_torch(model, monkeypatch):
+    """Under "slimzoo_kv" a plain cache goes through the kernel while decoding, padded rows included, and only then."""
+    calls, mask = [], torch.ones_like(IDS)
+    mask[0, :7] = 0
+    kernel = cache_module.kv_attention
+    monkeypatch.setattr(cache_module, "kv_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    found = {}
+    for implementation in ("sdpa", ATTENTION):
+        model.set_attn_implementation(implementation)
+        found[implementation] = run(model, DynamicCache(config=model.config), IDS, chunks=(20,), mask=mask)[:, 7:]
+    model.set_attn_implementation("sdpa")
+    assert len(calls) == (IDS.shape[1] - 20) * model.config.num_hidden_layers
+    torch.testing.assert_close(found["sdpa"], found[ATTENTION], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
