@@ -30,11 +30,13 @@ def verify(arguments: list[str]) -> None:
 
 def remeasure(folder: Path, report: dict) -> dict[str, dict]:
     """The metrics of a checkpoint measured again, as its recipe does it: `remeasure` of the recipe's module, or the
-    one of the layerwise recipes."""
-    from recipes.common import layerwise  # which itself exports through this module
+    one of its kind of recipe."""
+    from recipes.common import layerwise, vision  # of which one exports through this module
 
-    recipe = importlib.import_module(recipe_class(report["recipe"]).__module__)
-    return getattr(recipe, "remeasure", layerwise.remeasure)(folder, report)
+    recipe = recipe_class(report["recipe"])
+    kind = vision if issubclass(recipe, vision.VisionRecipe) else layerwise
+    module = importlib.import_module(recipe.__module__)
+    return getattr(module, "remeasure", kind.remeasure)(folder, report)
 
 
 def publish(arguments: list[str]) -> None:
