@@ -71,11 +71,14 @@ struct State {
   std::vector<float> packed_out, offset;                  // AVX-512: (heads, lanes), (heads, groups)
   std::vector<int8_t> q_digits, weights;                  // AVX-512: (heads, digits, planes, row bytes padded), (heads, digits, …)
   std::vector<float> q_step, step;                        // AVX-512: (heads,) x 2
-  State(const Shape& s)
+  State(const Shape& s, bool packed)  // what only codes need takes 30 KB a head, more than a short dense cache
       : q(s.heads * s.size), q_sum(s.heads), peak(s.heads), total(s.heads), out(s.heads * s.size),
-        scores(s.heads * MAX_TILE + 16), row(s.size), scaled(s.heads * s.size), shift(s.heads), packed_out(s.heads * 4 * MAX_HEAD),
-        offset(s.heads * MAX_GROUPS), q_digits(s.heads * 3 * 4 * MAX_HEAD),
-        weights(s.heads * 3 * (MAX_TILE * MAX_GROUPS + 64)), q_step(s.heads), step(s.heads) {}
+        scores(s.heads * MAX_TILE + 16), row(s.size), scaled(s.heads * s.size), shift(s.heads) {
+    if (!packed) return;
+    packed_out.resize(s.heads * 4 * MAX_HEAD), offset.resize(s.heads * MAX_GROUPS);
+    q_digits.resize(s.heads * 3 * 4 * MAX_HEAD), weights.resize(s.heads * 3 * (MAX_TILE * MAX_GROUPS + 64));
+    q_step.resize(s.heads), step.resize(s.heads);
+  }
 };
 
 // The codes of one token, as floats.
@@ -650,7 +653,7 @@ INLINE void attend(const Part& k, const Part& v, const Shape& s, State& state, i
       else if (nk) scores_by_token(k, s, state, pair, t, nk);
     }
     if (n > nk) dense_scores(k, s, state, pair, t + nk - k.packed, n - nk, nk);
-    soften(s, state, mask ? mask + t : nullptr, n, LEVEL >= AVX512);
+    soften(s, state, mask ? mask + t : nullptr, n, LEVEL >= AVX512 && v.packed);
 #ifdef X86
     if (integers) {
       if (nv) avx512::values_by_token<DIGITS>(v, s, lanes, state, pair, t, nv);
@@ -714,7 +717,7 @@ extern "C" void slimzoo_kv_attention(const void* q, const uint8_t* k_codes, cons
   int used = (int)std::min<int64_t>(threads, pairs * splits);
 #pragma omp parallel num_threads(used)
   {
-    State state(s);
+    State state(s, k.packed || v.packed);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < pairs * splits; task++) {
       int64_t pair = task / splits, first = task % splits * stretch;
