@@ -72,11 +72,19 @@ class RandomPruning(VisionRecipe):
     """Train an image classifier of which all but a few weights were removed, at random, before training."""
 
     model: str = field(
-        default="resnet-20-8",
+        default="resnet-14-8",
         metadata={
             "help": "architecture: resnet-N and resnet-N-W, vgg-11..19, resnet-18..101, wrn-50-2, or a folder or Hub id"
         },
     )
+    image_size: int | None = field(
+        default=16,
+        metadata={
+            "help": "side of the model's input; the small default is for CPUs, the paper's CIFAR networks take 32"
+        },
+    )
+    epochs: int = field(default=6, metadata={"help": "passes over the training images"})
+    attacked: int = field(default=250, metadata={"help": "test images that fgsm and pgd attack, evenly spread"})
     density: float = field(default=0.05, metadata={"help": "fraction of the weights that stays, above 0 and up to 1"})
     ratio: str = field(
         default="erk", metadata={"help": "how the density is spread over the layers", "choices": list(RATIOS)}
@@ -120,7 +128,7 @@ class RandomPruning(VisionRecipe):
         metadata={"help": "further densities at which --ratio and uniform are compared; 0 for none"},
     )
     more_models: list[str] = field(
-        default_factory=lambda: ["resnet-20-4", "resnet-20-16"],
+        default_factory=lambda: ["resnet-14-4", "resnet-14-16"],
         metadata={"help": "further architectures in which dense and pruned are compared; 'none' for none"},
     )
     eval: list[str] = field(
@@ -179,6 +187,10 @@ class RandomPruning(VisionRecipe):
                 )
         if SMALL in self.chosen():
             self.small(data, self.seed)
+
+    def needs(self, run: VisionRun, variants: list[str]) -> tuple[float, float, float]:
+        """With what is trained for the sweeps."""
+        return super().needs(run, [*variants, *(point.key for point in self.points())])
 
     # ------------------------------------------------------------------------------------- step 1: layer-wise ratio
 

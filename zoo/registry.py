@@ -92,6 +92,12 @@ ENTRIES = (
         hub_repo="slimzoo/resnet-8-cifar10-precropping",
     ),
     Entry(
+        name="resnet-14-8-cifar10-random-pruning-5",
+        recipe="random-pruning",
+        base="resnet-14-8 on cifar10",
+        hub_repo="slimzoo/resnet-14-8-cifar10-random-pruning",
+    ),
+    Entry(
         name="vit-tiny-easy-vqa-lpvit-50",
         recipe="lpvit",
         base="vit-tiny on easy-vqa",

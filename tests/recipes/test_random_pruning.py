@@ -321,15 +321,15 @@ def test_check_6_packed_products_and_the_counter_of_multiplications():
 
 @pytest.fixture(scope="module")
 def digits():
-    """scikit-learn's 8x8 digits at 12x12: 900 to train on, the others to test."""
+    """scikit-learn's 8x8 digits: 900 to train on, the others to test."""
     found = load_digits()
-    pixels = F.interpolate(torch.tensor(found.images, dtype=torch.float32)[:, None], size=(SIDE, SIDE), mode="bilinear")
+    pixels = torch.tensor(found.images, dtype=torch.float32)[:, None]
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     pixels, labels = ((pixels - pixels.mean()) / pixels.std())[order], torch.tensor(found.target)[order]
     return (pixels[:900], labels[:900]), (pixels[900:], labels[900:])
 
 
-def learn(digits, model, masks, epochs: int = 6, batch: int = 64) -> float:
+def learn(digits, model, masks, epochs: int = 5, batch: int = 64) -> float:
     """Test accuracy in percent."""
     (pixels, labels), (test_pixels, test_labels) = digits
     schedule = Schedule(epochs=epochs, batch_size=batch, lr=0.1)
@@ -359,13 +359,13 @@ def learnt(digits):
     """Accuracy of ResNet-14-16 with one channel, 173,840 weights, of which 2 % stay; and of one half as wide."""
     found = {}
     for width in (16, 8):
-        model = tiny(14, width, channels=1)
+        model = tiny(14, width, channels=1, side=8)
         found["dense", width] = learn(digits, model, None)
         for ratio in ("erk", "balanced", "uniform") if width == 16 else ("erk",):
-            model = tiny(14, width, channels=1)
+            model = tiny(14, width, channels=1, side=8)
             found[ratio, width] = learn(digits, model, random_masks(model, 0.02, ratio=ratio))
     made = RandomPruning(model="resnet-14-16", image_size=SIDE, density=0.02)
-    narrow = tiny(14, 16, channels=1, widths=small_widths(made))
+    narrow = tiny(14, 16, channels=1, side=8, widths=small_widths(made))
     assert sum(layer.size for layer in made.layers(narrow).values()) <= 0.02 * 173_840
     found[SMALL, 16] = learn(digits, narrow, None)
     return found
@@ -377,8 +377,7 @@ def small_widths(made: RandomPruning) -> dict[str, int]:
 
 
 def test_check_7_ratios_matter_more_than_a_smaller_network(learnt):
-    """One seed of six epochs; the sheet's own table (12 epochs, 3 seeds) is told in the recipe's sweeps."""
-    print(learnt)
+    """One seed, five epochs, 8x8 pixels: the sheet's setting made short."""
     assert learnt["erk", 16] - learnt["uniform", 16] >= 8
     assert learnt["balanced", 16] - learnt["uniform", 16] >= 8
     assert learnt["erk", 16] - learnt[SMALL, 16] >= 2
@@ -594,8 +593,9 @@ def folder(tmp_path_factory, run):
 def flags(root: Path, output: str) -> list[str]:
     return [
         *("random-pruning", "--dataset", str(root / "data"), "--model", "resnet-8-8", "--density", "0.1"),
+        *("--image_size", str(SIDE), "--grasp_samples_per_class", "5"),
         *("--epochs", "2", "--batch_size", "50", "--lr", "0.05", "--seeds", "2", "--eval", "accuracy", "ece"),
-        *("--baselines", "uniform", "snip", SMALL, "magnitude", POSITIONS, "--more_densities", "0.3"),
+        *("--baselines", "uniform", SMALL, "magnitude", POSITIONS, "--more_densities", "0.3"),
         *("--more_models", "resnet-8-4", "--output", str(root / output)),
     ]
 
@@ -607,7 +607,7 @@ def test_command_line_makes_measures_and_describes_a_checkpoint(folder, capsys, 
     out = folder / "out"
     assert capsys.readouterr().out.strip().endswith(str(out))
     report = json.loads((out / "report.json").read_text())
-    assert list(report["baselines"]) == ["uniform", "snip", SMALL, "magnitude", POSITIONS]
+    assert list(report["baselines"]) == ["uniform", SMALL, "magnitude", POSITIONS]
     assert report["seeds"] == [0, 1] and report["compressed"]["accuracy"]["n_of"] == "seeds"
     assert report["compressed"]["accuracy"]["value"] > 0.15  # chance is 0.1
     config = json.loads((out / "config.json").read_text())["compression_config"]
