@@ -23,8 +23,8 @@ from zoo.errors import UserError
 from zoo.spaces import find_checkpoint, open_image
 
 CHECKPOINTS = {  # where a recipe leaves its checkpoint, and its Hub repository
-    "random-pruning": (Path("runs/random-pruning"), "slimzoo/cifar10-resnet-20-8-random-pruning"),
-    "precropping": (Path("runs/precropping"), "slimzoo/cifar10-resnet-14-precropping"),
+    "random-pruning": (Path("runs/random-pruning"), "slimzoo/resnet-14-8-cifar10-random-pruning"),
+    "precropping": (Path("runs/precropping"), "slimzoo/resnet-8-cifar10-precropping"),
 }
 TURNS = 5  # forward passes that a latency is the fastest of
 SHOWN = 5  # classes
