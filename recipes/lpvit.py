@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -359,21 +359,35 @@ class LPViT(VisionRecipe):
         return unpack_model(trained, copy.deepcopy(model))
 
     def pack(self, run: VisionRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
-        layers = self.layers_of(model)
-        keeps = {name: block_sums(matrix(layer).detach().abs(), self.blocks) > 0 for name, layer in layers.items()}
-        config = {"block": list(self.blocks), "target": self.target, "budget": self.budget, "seed": seed}
-        config |= {"densities": {name: round(keep.float().mean().item(), 4) for name, keep in keeps.items()}}
-        return pack_model(model, keeps, self.blocks, {"method": self.method} | config)
+        weights = {name: matrix(layer).detach() for name, layer in self.layers_of(model).items()}
+        keeps = {name: block_sums(weight.abs(), self.blocks) > 0 for name, weight in weights.items()}
+        masks = {name: weight != 0 for name, weight in weights.items()}
+        errors = run.state / "errors" / f"{seed}.json"
+        about = {
+            "method": self.method,
+            "block": list(self.blocks),
+            "target": self.target,
+            "budget": self.budget,
+            "multiply_adds": count_macs(model, self.pixels(run, seed, 1)[0], masks),
+            "densities": {name: round(keep.double().mean().item(), 4) for name, keep in keeps.items()},
+            "power_mode": self.power_mode,
+            "power_weight": self.power_weight,
+            "picojoules": asdict(self.table),
+            "reconstruct": self.reconstruct,
+            "finetuned_epochs": self.epochs if self.finetune else 0,
+            "calibration": {"name": run.data.name, "sha256": run.data.sha256, "nsamples": self.nsamples, "seed": seed},
+            "proxy_loss": cached_json(errors, dict) if errors.exists() else {},
+        }
+        return pack_model(model, keeps, self.blocks, about)
 
     # -------------------------------------------------------------------------------------------------- report
 
     def layer_rows(self, run: VisionRun, packed: PreTrainedModel) -> list[dict]:
         """What was packed; losses are relative output errors on the calibration images, before and after least squares."""
-        errors = cached_json(run.state / "errors" / f"{run.seeds[0]}.json", dict)
-        rows = []
-        for name, spec in packed.config.compression_config["modules"].items():
+        compression, rows = packed.config.compression_config, []
+        for name, spec in compression["modules"].items():
             layer = packed.get_submodule(name)
-            before, after = errors.get(name, (None, None))
+            before, after = compression["proxy_loss"].get(name, (None, None))
             row = {"name": name, **spec, "d_out": layer.out_features, "d_in": layer.in_features}
             rows.append(row | {"loss_init": before, "loss_final": after, "output_error": None})
         return rows

@@ -145,14 +145,20 @@ class Calibrated:
         return self.gradients
 
     def scores(self, choice: Choice) -> dict[str, Tensor]:
-        """{layer: importance (R, C)} by which its blocks go   [3.3]"""
+        """{layer: importance (R, C)} by which its blocks go   [3.3]; -1 for what is gone already, so that it goes first."""
         weights = {name: matrix(layer).detach() for name, layer in self.layers.items()}
-        if choice.rank == "l1":
-            return {name: magnitude_scores(w, self.block).cpu() for name, w in weights.items()}
-        if choice.rank == "taylor":
+        if choice.alloc == "lamp":  # by squares, whatever the rank
+            sizes = {name: block_sizes(w.shape, self.block) for name, w in weights.items()}
+            scores = {name: block_sums(w.square(), self.block).cpu() / sizes[name] for name, w in weights.items()}
+        elif choice.rank == "l1":
+            scores = {name: magnitude_scores(w, self.block).cpu() for name, w in weights.items()}
+        elif choice.rank == "taylor":
             g = self.mean_gradients()
-            return {name: taylor_scores(w, g[name], self.block).cpu() for name, w in weights.items()}
-        return {name: fisher_scores(s).cpu() for name, s in self.block_slopes(choice.target_fn).items()}
+            scores = {name: taylor_scores(w, g[name], self.block).cpu() for name, w in weights.items()}
+        else:
+            scores = {name: fisher_scores(s).cpu() for name, s in self.block_slopes(choice.target_fn).items()}
+        gone = {name: (magnitude_scores(w, self.block) == 0).cpu() for name, w in weights.items()}
+        return {name: score.masked_fill(gone[name], -1.0) for name, score in scores.items()}
 
     def macs(self) -> dict[str, Tensor]:
         """{layer: float64 (R, C)}: multiplications of each block for one image."""
@@ -193,12 +199,6 @@ def choose_blocks(
     all_cost, all_energy = (sum(each.sum() for each in values.values()) for values in (costs, energies))
 
     scores = calibrated.scores(choice)
-    if choice.alloc == "lamp":  # by squares, whatever the rank
-        squares = {
-            name: block_sums(matrix(layer).detach().square(), calibrated.block).cpu()
-            for name, layer in calibrated.layers.items()
-        }
-        scores = {name: square / sizes[name] for name, square in squares.items()}
     orders, layers = {name: removal_order(score) for name, score in scores.items()}, {}
     for name, order in orders.items():
         distortion = torch.zeros(len(order) + 1, dtype=torch.float64)
@@ -221,7 +221,9 @@ def choose_blocks(
     elif choice.alloc == "global":
         removed = allocate_threshold(layers, ranked, limit)
     elif choice.alloc == "lamp":
-        removed = allocate_threshold(layers, {name: lamp_scores(row) for name, row in ranked.items()}, limit)
+        removed = allocate_threshold(
+            layers, {name: lamp_scores(row.clamp(min=0)) for name, row in ranked.items()}, limit
+        )
     else:
         shapes = calibrated.shapes
         erk = {name: sum(shapes[name]) / math.prod(shapes[name]) for name in layers}

@@ -112,6 +112,9 @@ class PackedModelMixin:
         with torch.device("meta"):
             return type(self)(self.config.dense_config())
 
-    def save_pretrained(self, save_directory, *args, max_shard_size="5GB", **kwargs):
-        """As PreTrainedModel.save_pretrained, with smaller shards."""
-        super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **kwargs)
+    def save_pretrained(self, save_directory, *args, max_shard_size="5GB", save_original_format=False, **kwargs):
+        """As PreTrainedModel.save_pretrained, with smaller shards, and the names of the modules for the tensors: stock
+        transformers gives those of some families, such as ViT, their names of earlier versions.
+        """
+        kwargs |= {"max_shard_size": max_shard_size, "save_original_format": save_original_format}
+        super().save_pretrained(save_directory, *args, **kwargs)
