@@ -4,7 +4,8 @@ python -m recipes.common.peers [--output runs/bench-peers.json]
 
 llama.cpp runs Q4_0 and Q8_0 (32 weights share a scale), we 4 and 8 bits in groups of 128; both store every matrix so, the
 head included. Each run is a process of its own, and rivals take turns: only ratios within a round are compared. Decoding
-starts after 32 tokens; prefill is a prompt of 512.
+starts after 32 tokens; prefill is a prompt of 512. "compiled" is torch.compile with a cache of fixed length: 500 modules
+take longer to call from Python than llama.cpp's graph takes to walk.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from zoo.bench import ONE_B
 
 PAIRS = {"packed_4": "Q4_0", "packed_8": "Q8_0"}
+COMPILED = "{}, compiled"
 BLOCK = 32  # weights that share a scale in both formats of llama.cpp
 BYTES = {"Q4_0": 18, "Q8_0": 34}  # of a block: an fp16 scale, then the codes
 STEP = {"Q4_0": 0.005, "Q8_0": 0.0003}  # scales that give weights of a standard deviation near 0.02
@@ -101,36 +103,34 @@ def run_llama_cpp(path: Path, repeats: int = 3) -> dict[str, float]:
 
 
 def compare(rounds: int) -> list[dict]:
-    """A row for each pair and phase: seconds of both, and the ratio in every round."""
+    """A row for each phase of each pair: tokens per second of both, and the ratio in every round."""
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         commands = {}
         for ours, theirs in PAIRS.items():
             write_gguf(Path(scratch, theirs), theirs)
             commands[ours] = ["-m", "zoo.bench", "--model", ours, "--tokens", str(NEW_TOKENS)]
+            commands[COMPILED.format(ours)] = [*commands[ours], "--compiled"]
             commands[theirs] = ["-m", "recipes.common.peers", "--run", str(Path(scratch, theirs))]
         for _ in range(rounds):
             for name, command in commands.items():
                 done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
                 runs.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-    rows = []
-    for ours, theirs in PAIRS.items():
-        for phase, tokens in (("decode", 1), ("prefill", 512)):
-            pairs = [(b[phase], a[phase]) for a, b in zip(runs[ours], runs[theirs], strict=True)]
-            rows.append(
-                {
-                    "ours": ours,
-                    "llama.cpp": theirs,
-                    "phase": phase,
-                    "threads": torch.get_num_threads(),
-                    "tokens_per_second": {
-                        ours: tokens / statistics.median(own for _, own in pairs),
-                        theirs: tokens / statistics.median(other for other, _ in pairs),
-                    },
-                    "speed_over_llama_cpp": [other / own for other, own in pairs],
-                }
-            )
-    return rows
+    return [
+        row(phase, tokens, kind, theirs, runs)
+        for ours, theirs in PAIRS.items()
+        for phase, tokens, kind in (("decode", 1, ours), ("decode", 1, COMPILED.format(ours)), ("prefill", 512, ours))
+    ]
+
+
+def row(phase: str, tokens: int, ours: str, theirs: str, runs: dict[str, list[dict]]) -> dict:
+    seconds = {name: [run[phase] for run in runs[name]] for name in (ours, theirs)}
+    return {
+        "phase": phase,
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": {name: tokens / statistics.median(values) for name, values in seconds.items()},
+        "speed_over_llama_cpp": [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)],
+    }
 
 
 def main() -> None:
@@ -143,10 +143,10 @@ def main() -> None:
         print(json.dumps(run_llama_cpp(flags.run)))
         return
     rows = compare(flags.rounds)
-    for row in rows:
-        speeds = "  ".join(f"{name} {speed:.1f} tokens/s" for name, speed in row["tokens_per_second"].items())
-        ratios = " ".join(f"{ratio:.2f}x" for ratio in row["speed_over_llama_cpp"])
-        print(f"{row['phase']:8} {speeds}  ours over llama.cpp, round by round: {ratios}")
+    for found in rows:
+        speeds = "  ".join(f"{name} {speed:.1f} tokens/s" for name, speed in found["tokens_per_second"].items())
+        ratios = " ".join(f"{ratio:.2f}x" for ratio in found["speed_over_llama_cpp"])
+        print(f"{found['phase']:8} {speeds}  ours over llama.cpp, round by round: {ratios}")
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     flags.output.write_text(json.dumps(rows, indent=1) + "\n")
     print(flags.output)
