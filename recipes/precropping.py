@@ -235,6 +235,9 @@ class Precropping(VisionRecipe):
         if variant == self.method:
             for other in self.sweep_variants():  # here, because all processes are
                 run.trained(other, seed)
+        if run.processes.rank == 0:
+            self.widths_of(run, variant, seed)
+        run.processes.barrier()  # the others read what the first one found
         widths = self.widths_of(run, variant, seed)
         narrow = cropped(dense, widths) if self.init == "crop" else initialised(resized(dense, widths), seed)
         return run.train(narrow, variant, seed)
@@ -261,10 +264,7 @@ class Precropping(VisionRecipe):
             wish = rival_wish(graph, name, seed)
             return fit_widths(graph, wish, budget, limits, multiple=self.width_multiple, shift=True)
 
-        if run.processes.rank == 0:
-            widths = cached_json(run.state / "widths" / f"{variant}-{seed}.json", make)
-        run.processes.barrier()
-        return widths if run.processes.rank == 0 else cached_json(run.state / "widths" / f"{variant}-{seed}.json", make)
+        return cached_json(run.state / "widths" / f"{variant}-{seed}.json", make)
 
     def score_batch(self, run: VisionRun) -> dict[str, Tensor]:
         """`score_samples` training images of every class: first one of each, then another of each, and so on."""
