@@ -1,12 +1,20 @@
 """Our GGUF exports run in llama.cpp itself and give the packed model's logits. `make test-peers`."""
 
+import json
+import sys
+from pathlib import Path
+
 import llama_cpp
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
+from tiny_models import Packing, make_base
+
 import zoo  # noqa: F401  (registers the slim classes)
+from recipes.common.export import export_gguf
 from recipes.common.runner import main
 from recipes.common.tools import export_as
 
@@ -40,6 +48,23 @@ def test_llama_cpp_gives_our_logits(checkpoint, tmp_path, kind, mean, least):
     cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)
     assert cosine.mean() > mean and cosine.min() > least
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("bits", [(4, 3), (5, 2), (8, 6)])
+def test_packed_bits_of_each_layer_run_in_llama_cpp(tmp_path, bits):
+    """Types per tensor: 2 to 4 bits as Q4_1, 5 as Q5_1, 6 and 8 as Q8_0. Their products round activations to 8 bits."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 260}
+    base = make_base(tmp_path / "base", "llama", **sizes)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["ab"], tokenizer["model"]["merges"] = 259, [["a", "b"]]  # llama.cpp wants merges
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    Packing(base, bits).write(tmp_path / "packed")
+    export_gguf(tmp_path / "packed", tmp_path / "model.gguf", "packed")
+    ids = [5, 60, 7, 200, 31, 9, 101, 77]
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)(torch.tensor([ids]))
+    theirs = logits_of(tmp_path / "model.gguf", ids)
+    assert torch.nn.functional.cosine_similarity(ours.logits[0], theirs, dim=-1).min() > 0.999
 
 
 def test_llama_cpp_tokenises_as_we_do(checkpoint, tmp_path):
