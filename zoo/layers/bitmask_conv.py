@@ -3,8 +3,8 @@
 import torch
 
 from ..errors import UserError
-from ..kernels.bitmask_linear import bitmask_expand
 from ..kernels.bitmask_linear.reference import unpack_bitmask
+from ..kernels.sparse_conv2d import sparse_conv2d
 from .bitmask import check_offsets, keep_first
 from .packed_linear import PackedConv2d, check_mask
 
@@ -41,9 +41,7 @@ class BitmaskConv2d(PackedConv2d):
         keep_first(self.mask, self.row_offsets, self.values.numel(), self.matrix_shape[1])
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        # As many multiplications follow for each weight as the image has places: they outweigh its expansion.
-        weight = bitmask_expand(self.values, self.mask, self.row_offsets, self.matrix_shape[1])
-        return self.convolve(x, weight.view(self.weight_shape))
+        return sparse_conv2d(x, self.values, self.mask, self.row_offsets, self.bias, **self.geometry)
 
     def dense_weight(self) -> torch.Tensor:
         """W, (out_channels, in_channels / groups, kh, kw), in the dtype of `values`."""

@@ -119,7 +119,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
     """Base of the convolutions that hold packed weights: product(x: (B, in_channels, H, W)) -> (B, out_channels, H', W').
 
     Their formats see the weight as a matrix (d_out, d_in) = (out_channels, in_channels / groups * kh * kw).
-    Args: as of nn.Conv2d; borders are padded with zeros. Raises: UserError for another `padding_mode`.
+    Args: as of nn.Conv2d; borders are padded with zeros, alike on both sides. Raises: UserError for other padding.
     """
 
     def __init__(
@@ -133,7 +133,14 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.groups, self.padding_mode = groups, padding_mode
         self.kernel_size, self.stride, self.dilation = map(_pair, (kernel_size, stride, dilation))
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        if isinstance(padding, str):
+            spans = [
+                d * (k - 1) if padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+            ]
+            if any(span % 2 for span in spans):
+                raise UserError(f"padding {padding!r} with kernel {self.kernel_size}: packed convolutions pad evenly.")
+            padding = tuple(span // 2 for span in spans)
+        self.padding = _pair(padding)
         self.output_padding, self.transposed = (0, 0), False  # read by nn.Conv2d's repr
 
     @property
@@ -145,10 +152,14 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         """(d_out, d_in) of the weight as a matrix."""
         return self.out_channels, self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
-    def convolve(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The convolution that this layer stands for, with a dense weight of `weight_shape`."""
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        return nn.functional.conv2d(x, weight, self.bias, *geometry)
+    @property
+    def geometry(self) -> dict:
+        """What sparse_conv2d needs to know besides tensors."""
+        named = {"kernel": self.kernel_size, "stride": self.stride, "padding": self.padding}
+        return named | {"dilation": self.dilation, "groups": self.groups}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[None])[0] if x.ndim == 3 else super().forward(x)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

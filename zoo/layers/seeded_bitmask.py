@@ -3,8 +3,9 @@
 import torch
 
 from ..errors import UserError
-from ..kernels.bitmask_linear import bitmask_expand, bitmask_linear
+from ..kernels.bitmask_linear import bitmask_linear
 from ..kernels.bitmask_linear.reference import pack_bitmask, unpack_bitmask
+from ..kernels.sparse_conv2d import sparse_conv2d
 from ..random_mask import GENERATOR, SEEDS, digest, random_mask
 from .packed_linear import REBUILD, PackedConv2d, PackedLinear
 
@@ -91,5 +92,4 @@ class SeededBitmaskConv2d(SeededMask, PackedConv2d):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         mask, row_offsets = self.drawn()
-        weight = bitmask_expand(self.values, mask, row_offsets, self.matrix_shape[1])
-        return self.convolve(x, weight.view(self.weight_shape))
+        return sparse_conv2d(x, self.values, mask, row_offsets, self.bias, **self.geometry)
