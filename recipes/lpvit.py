@@ -21,7 +21,6 @@ for the masks; here it is one order. Fine-tuning starts from the pruned weights,
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -41,7 +40,7 @@ from transformers import (
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, resolve_model
 from recipes.common.block_allocation import EnergyTable
-from recipes.common.block_pruning import block_sums, count_macs, matrix, pack_model, reconstruct, unpack_model
+from recipes.common.block_pruning import block_sums, count_macs, matrix, pack_model, reconstruct
 from recipes.common.block_selection import (
     Calibrated,
     Choice,
@@ -53,6 +52,7 @@ from recipes.common.block_selection import (
     wanda_masks,
     weight_masks,
 )
+from recipes.common.export_images import unpack
 from recipes.common.image_batches import ImageTensors
 from recipes.common.images import ImageData, calibration_images
 from recipes.common.runner import cached_json
@@ -356,7 +356,7 @@ class LPViT(VisionRecipe):
         if self.distill != "none":
             teacher = load_classifier(self.teacher) if self.teacher else run.trained("dense", seed)
         trained = run.train(packed, "finetuned", seed, teacher=teacher)
-        return unpack_model(trained, copy.deepcopy(model))
+        return unpack(trained)
 
     def pack(self, run: VisionRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         weights = {name: matrix(layer).detach() for name, layer in self.layers_of(model).items()}

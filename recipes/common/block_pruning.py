@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from zoo.errors import UserError
 from zoo.kernels.block_sparse_linear.reference import pack_blocks
-from zoo.layers.block_sparse import BlockSparseLinear
 from zoo.models import FAMILIES
 
 CHUNK = 8  # images whose weight gradients exist at the same time
@@ -351,15 +350,3 @@ def pack_model(model: PreTrainedModel, keeps: dict[str, Tensor], block: Block, a
     packed_model = model_class(model_class.config_class.from_dict(settings | {"compression_config": compression}))
     packed_model.load_state_dict(state)
     return packed_model.eval()
-
-
-def unpack_model(packed: PreTrainedModel, dense: PreTrainedModel) -> PreTrainedModel:
-    """`dense`, a stock model of the same shape, with the weights of a packed one: zeros where blocks are not kept."""
-    state = packed.state_dict()
-    for name, layer in packed.named_modules():
-        if isinstance(layer, BlockSparseLinear):
-            for key in ("blocks", "crow_indices", "col_indices"):
-                del state[f"{name}.{key}"]
-            state[f"{name}.weight"] = layer.dense_weight()
-    dense.load_state_dict(state)
-    return dense.eval()

@@ -6,7 +6,8 @@ import argparse
 import importlib
 from pathlib import Path
 
-from recipes.common.export import export_compressed_tensors, export_dense, export_gguf
+from recipes.common.export import export_compressed_tensors, export_dense, export_gguf, read_config
+from recipes.common.export_images import export_dense_classifier
 from recipes.common.runner import recipe_class
 from zoo.errors import UserError
 from zoo.hub import publish as publish_folder
@@ -65,7 +66,12 @@ def export_as(folder: Path, output: Path, kind: str) -> None:
     """One export of `folder`; `kind` is one of EXPORTS."""
     if kind not in EXPORTS:
         raise UserError(f"--export {kind}: one of {', '.join(EXPORTS)} is needed.")
-    if kind == "dense":
+    images = "AutoModelForImageClassification" in read_config(folder).get("auto_map", {})
+    if images and kind != "dense":
+        raise UserError(f"--export {kind}: image models export as dense only.")
+    if images:
+        export_dense_classifier(folder, output)
+    elif kind == "dense":
         export_dense(folder, output)
     elif kind == "compressed-tensors":
         export_compressed_tensors(folder, output)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import zoo  # noqa: F401 (registers the model classes)
-from recipes.common.block_pruning import matrix, pack_model, reconstruct, unpack_model
+from recipes.common.block_pruning import matrix, pack_model, reconstruct
 from recipes.common.block_selection import (
     Calibrated,
     Choice,
@@ -32,6 +32,7 @@ from recipes.common.block_selection import (
     select_layers,
     weight_masks,
 )
+from recipes.common.export_images import export_dense_classifier, unpack
 from recipes.common.runner import main, parse
 from recipes.common.training import make_optimizer
 from recipes.lpvit import TINY, TINY_SCHEDULE, VARIANTS, LPViT
@@ -146,7 +147,7 @@ def test_packed_families_give_the_same_logits_after_a_round_trip(model, tmp_path
         wanted, found, again = (m(pixel_values=images).logits for m in (pruned, packed, loaded))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(found, again)
-    unpacked = unpack_model(loaded, type(model)(model.config)).state_dict()
+    unpacked = unpack(loaded).state_dict()
     assert all(torch.equal(tensor, unpacked[name]) for name, tensor in pruned.state_dict().items())
 
 
@@ -186,7 +187,7 @@ def test_fine_tuning_moves_kept_blocks_and_has_no_state_for_others():
     sizes = sum(state["exp_avg"].numel() for state in optimizer.state.values())
     gone = sum(64 * int((~keep).sum()) for keep in keeps.values())
     assert sizes == sum(p.numel() for p in model.parameters()) - gone
-    trained_model = unpack_model(packed, type(model)(model.config))
+    trained_model = unpack(packed)
     for name, mask in weight_masks(keeps, calibrated).items():
         weight = matrix(trained_model.get_submodule(name))
         assert (weight[~mask] == 0).all() and (weight[mask] != matrix(pruned.get_submodule(name))[mask]).any()
@@ -278,6 +279,8 @@ def test_command_line_prunes_measures_and_describes_a_checkpoint(root, tmp_path,
     assert all(finding.ok for finding in verify(out))
     assert not (root / "out-dense").exists()  # the base is somebody's already
 
+    stock = AutoModelForImageClassification.from_pretrained(export_dense_classifier(out, tmp_path / "dense"))
+    assert type(stock) is ViTForImageClassification
     images, _ = patterns(3, 0)
     save_file({"pixels": images}, tmp_path / "pixels.safetensors")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -289,6 +292,7 @@ def test_command_line_prunes_measures_and_describes_a_checkpoint(root, tmp_path,
     assert done.returncode == 0, done.stderr[-2000:]
     with torch.no_grad():
         wanted = AutoModelForImageClassification.from_pretrained(out)(pixel_values=images).logits
+        torch.testing.assert_close(stock(pixel_values=images).logits, wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(load_file(paths[2])["logits"], wanted)
 
 
