@@ -187,22 +187,22 @@ class Precropping(VisionRecipe):
     # ------------------------------------------------------------------------------------------------- steps 2 and 3
 
     def widths(
-        self, graph: WidthGraph, budget: Budget, dense: PreTrainedModel, batch: dict[str, Tensor]
+        self, graph: WidthGraph, budget: Budget, dense: PreTrainedModel, batches: list[dict[str, Tensor]]
     ) -> dict[str, int]:
         """{group: width} of the cropped network.
 
-        dense, batch: the untrained network and a few labelled images, which only scores look at.
+        dense, batches: the untrained network and a few labelled images, which only scores look at.
         """
         limits, keep = self.limits(graph), self.trunk == "keep"
         if self.source == "synexp":
             wish = synexp_channels(graph, budget, limits, keep)
             return fit_widths(graph, wish, budget, limits, multiple=self.width_multiple)
-        p = self.densities(graph, budget, dense, batch)
+        p = self.densities(graph, budget, dense, batches)
         wish = crop_wish(graph, p, self.density_map, keep)
         return fit_widths(graph, wish, budget, limits, multiple=self.width_multiple, shift=True)
 
     def densities(
-        self, graph: WidthGraph, budget: Budget, dense: PreTrainedModel, batch: dict[str, Tensor]
+        self, graph: WidthGraph, budget: Budget, dense: PreTrainedModel, batches: list[dict[str, Tensor]]
     ) -> dict[str, float]:
         """{layer: p_l} of the source, for a global density D that is the budget of weights (or of MACs alone)."""
         density = budget.macs / graph.macs.sum() if budget.params is None else budget.params / graph.params.sum()
@@ -213,7 +213,7 @@ class Precropping(VisionRecipe):
             masks = synflow_masks(dense, self.pixel_shape(dense), density, self.score_rounds)
             p = {name: mask.double().mean().item() for name, mask in masks.items()}
         else:
-            p = keep_fractions(scores(self.source, dense, batch), density)
+            p = keep_fractions(scores(self.source, dense, batches), density)
         return {name.removesuffix(".weight"): value for name, value in p.items()}
 
     def pixel_shape(self, model: PreTrainedModel) -> tuple[int, int, int]:
@@ -226,7 +226,7 @@ class Precropping(VisionRecipe):
         return initialised(super().fresh(data, seed), seed)
 
     def make(self, run: VisionRun, variant: str, seed: int) -> PreTrainedModel:
-        name, _, budget = variant.partition("@")
+        name = variant.partition("@")[0]
         dense = self.fresh(run.data, seed)
         if name in MASKED:
             return run.train(dense, variant, seed, masks=self.masks(run, name, seed))
@@ -254,7 +254,7 @@ class Precropping(VisionRecipe):
             if name == self.method:
                 share = float(fraction) if fraction else None
                 budget = self.budget(graph) if share is None else scaled(graph, share)
-                return self.widths(graph, budget, self.fresh(run.data, seed), self.score_batch(run))
+                return self.widths(graph, budget, self.fresh(run.data, seed), self.score_batches(run, self.source))
             own = self.method + (f"@{fraction}" if fraction else "")
             params, macs = graph.cost(self.widths_of(run, own, seed))
             budget = {"width-params": Budget(params, None), "width-macs": Budget(None, macs)}.get(
@@ -266,11 +266,17 @@ class Precropping(VisionRecipe):
 
         return cached_json(run.state / "widths" / f"{variant}-{seed}.json", make)
 
-    def score_batch(self, run: VisionRun) -> dict[str, Tensor]:
-        """`score_samples` training images of every class: first one of each, then another of each, and so on."""
+    def score_batches(self, run: VisionRun, source: str) -> list[dict[str, Tensor]]:
+        """`score_samples` training images of every class, in two batches at least, each with all classes; none for
+        sources that look at no image.
+        """
+        if source not in ("snip", "grasp"):
+            return []
         labels = run.train_images.labels
-        rows = torch.stack([(labels == c).nonzero()[: self.score_samples, 0] for c in labels.unique()]).T.flatten()
-        return default_collate(run.train_images.__getitems__(rows.tolist()))
+        count = min(self.score_samples, int(labels.unique(return_counts=True)[1].min()))
+        rows = torch.stack([(labels == c).nonzero()[:count, 0] for c in labels.unique()]).T.flatten()
+        size = min(self.batch_size, -(-len(rows) // 2))
+        return [default_collate(run.train_images.__getitems__(some.tolist())) for some in rows.split(size)]
 
     def masks(self, run: VisionRun, name: str, seed: int) -> dict[str, Tensor]:
         """{weight: bool} of a sparse rival that keeps as many weights as the recipe's own network has."""
@@ -279,8 +285,9 @@ class Precropping(VisionRecipe):
         weights, density = prunable_weights(dense), params / graph.params.sum()
         if name == "synflow-mask":
             return synflow_masks(dense, self.pixel_shape(dense), density, self.score_rounds)
-        if name in ("snip-mask", "grasp-mask"):
-            masks = top_masks(scores(name.removesuffix("-mask"), dense, self.score_batch(run)), params)
+        source = name.removesuffix("-mask")
+        if source in ("snip", "grasp"):
+            masks = top_masks(scores(source, dense, self.score_batches(run, source)), params)
             check_flow(dense, masks, self.pixel_shape(dense), density)
             return masks
         shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
@@ -360,8 +367,8 @@ class Precropping(VisionRecipe):
         self.check_data(data)
         run = VisionRun(self, data, self.state_path, [self.seed], self.settings(), World())
         graph = self.graph(data)
-        batch = self.score_batch(run) if self.source in ("snip", "grasp") else {}
-        widths = self.widths(graph, self.budget(graph), self.fresh(data, self.seed), batch)
+        batches = self.score_batches(run, self.source)
+        widths = self.widths(graph, self.budget(graph), self.fresh(data, self.seed), batches)
         for group, base in graph.widths.items():
             print(f"{group:32}{base:6}{widths[group]:6}{widths[group] / base:8.3f}")
         for name, value, total in zip(("weights", "MACs"), graph.cost(widths), graph.cost(graph.widths), strict=True):
@@ -420,15 +427,11 @@ def rival_wish(graph: WidthGraph, name: str, seed: int) -> dict[str, float]:
     return {group: 0.0 for group in graph.groups if name != "inner-only" or group not in graph.trunks}
 
 
-def scores(source: str, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def scores(source: str, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Scores of all weights by one look at the untrained network; the largest are kept."""
     if source == "magnitude":
         return {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
-    if source == "snip":
-        return snip_scores(model, [batch])
-    half = (len(batch["labels"]) + 1) // 2
-    halves = zip(*(tensor.split(half) for tensor in batch.values()), strict=True)
-    return grasp_scores(model, [dict(zip(batch, parts, strict=True)) for parts in halves])
+    return (snip_scores if source == "snip" else grasp_scores)(model, batches)
 
 
 def random_masks(p: dict[str, float], shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:

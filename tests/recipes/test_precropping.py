@@ -510,7 +510,8 @@ def test_12_every_source_gives_the_same_widths_again_within_budgets(images, tmp_
         graph = recipe.graph(state.data)
         budget = recipe.budget(graph)
         first, again = (
-            recipe.widths(graph, budget, recipe.fresh(state.data, 0), recipe.score_batch(state)) for _ in range(2)
+            recipe.widths(graph, budget, recipe.fresh(state.data, 0), recipe.score_batches(state, source))
+            for _ in range(2)
         )
         assert first == again and budget.holds(graph.cost(first))
         assert max(budget.excess(graph.cost(first))) > -0.05 and first != graph.widths
