@@ -21,7 +21,9 @@ for the masks; here it is one order. Fine-tuning starts from the pruned weights,
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,7 +42,7 @@ from transformers import (
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, resolve_model
 from recipes.common.block_allocation import EnergyTable
-from recipes.common.block_pruning import block_sums, count_macs, matrix, pack_model, reconstruct
+from recipes.common.block_pruning import block_sums, count_macs, grid, matrix, pack_model, reconstruct
 from recipes.common.block_selection import (
     Calibrated,
     Choice,
@@ -292,6 +294,36 @@ class LPViT(VisionRecipe):
             head=self.include_head,
             ragged=self.ragged,
         )
+
+    def needs(self, run: VisionRun, variants: list[str]) -> tuple[float, float, float]:
+        """(bytes of memory, bytes of disk, minutes), from one forward and backward pass on this machine."""
+        model = self.fresh(run.data, run.seeds[0])
+        layers, size = self.layers_of(model), 4 * model.num_parameters()
+        pixels = self.pixels(run, run.seeds[0], min(self.nsamples, CALIBRATION_BATCH))[0]
+        for _ in range(2):  # the first one warms up
+            begin = time.perf_counter()
+            model(pixel_values=pixels).logits.sum().backward()
+            seconds = (time.perf_counter() - begin) / len(pixels)  # an image
+        targets = 1 + len({*self.densities} - {1.0, self.target})
+        pruned = [v for v in variants if v in (self.method, *VARIANTS)]
+        measured = {v: targets if v == self.method or v in SWEPT else 1 for v in pruned}
+        refits = sum(n for v, n in measured.items() if self.choice(v).reconstruct == "ls")
+        rounds = sum(n * self.choice(v).rounds for v, n in measured.items() if self.choice(v).rank != "l1")
+        images = rounds * self.curve_samples
+        images += refits * self.nsamples * len(layers) / 4  # a wave has 1.5 layers; half of two models, forward only
+        trainings = any("finetuned" in v for v in variants) + self.finetune
+        images += len(run.data.train) * (trainings * self.epochs + (TINY_SCHEDULE.epochs if self.base is None else 0))
+        images += len(run.data.test) * (sum(measured.values()) + 3) / 3
+        statistics = (
+            4
+            * self.curve_samples
+            * self.probes
+            * sum(math.prod(grid(tuple(matrix(layer).shape), self.blocks)) for layer in layers.values())
+        )
+        inputs = 2 * self.nsamples * pixels[0].nbytes
+        widest = max(matrix(layer).shape[1] for layer in layers.values())
+        ram = 2**30 + 8 * size + 2 * statistics + inputs + 5 * 8 * widest**2 + 400 * pixels.nbytes
+        return ram, 2 * size * len(variants) * self.seeds + 2**26, 1.2 * self.seeds * images * seconds / 60
 
     # ------------------------------------------------------------------------------------------------ variants
 
