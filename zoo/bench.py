@@ -12,6 +12,7 @@ time that torch's dense product would need for the kept blocks alone, over the t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -20,11 +21,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    StaticCache,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
@@ -223,6 +233,63 @@ def bench_blocks(d_out: int, d_in: int, tokens: int, dtype: torch.dtype, repeats
     sizes = {op: sum(t.nbytes for t in packed[int(op.split()[1])].values()) for op in ours}
     rows = rows_of(sizes, d_out, d_in, tokens, seconds, bandwidth)
     return [row | {"dtype": name, "fraction_of_bound": row["ratio_to"][f"torch {name}"] / 2} for row in rows]
+
+
+def bench_vit(name: str, hidden_size: int, heads: int, repeats: int) -> list[dict]:
+    """Rows for a whole DeiT of random weights, 8 images of 224 pixels, half of the blocks of 32 of each encoder matrix,
+    against the dense model, fp32 and bf16. The bound is that of its products: half of the dense time."""
+    config = ViTConfig(hidden_size=hidden_size, num_attention_heads=heads, intermediate_size=4 * hidden_size)
+    modules = {}
+    for layer in range(config.num_hidden_layers):
+        for part in (
+            "attention.q_proj",
+            "attention.k_proj",
+            "attention.v_proj",
+            "attention.o_proj",
+            "mlp.fc1",
+            "mlp.fc2",
+        ):
+            grid = (4 if part == "mlp.fc1" else 1) * (4 if part == "mlp.fc2" else 1) * (hidden_size // 32) ** 2
+            modules[f"vit.layers.{layer}.{part}"] = {"format": "block_sparse", "block": [32, 32], "blocks": grid // 2}
+    dense = ViTForImageClassification(config).eval()
+    packed = copy.deepcopy(dense)
+    pack_layers(packed, modules)
+    for path in modules:
+        layer = packed.get_submodule(path)
+        layer.load_state_dict(half_of_blocks(layer.out_features, layer.in_features), strict=False)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pixels = torch.randn(8, 3, 224, 224, dtype=dtype)
+        models = {"dense": dense.to(dtype), "block_sparse": packed.to(dtype)}
+        with torch.inference_mode():
+            seconds, bandwidth = rounds(
+                {key: partial(run_images, model, pixels) for key, model in models.items()}, repeats
+            )
+        ratio = seconds["dense"] / seconds["block_sparse"]
+        rows.append(
+            {
+                "op": f"{name} block_sparse 32",
+                "shape": [hidden_size, config.num_hidden_layers],
+                "dtype": str(dtype).removeprefix("torch."),
+                "batch": 8,
+                "seconds": seconds["block_sparse"],
+                "bytes": sum(t.nbytes for t in packed.state_dict().values()),
+                "fraction_of_bound": ratio / 2,
+                "ratio_to": {f"dense {str(dtype).removeprefix('torch.')}": ratio},
+                "read_bandwidth": bandwidth,
+            }
+        )
+    return rows
+
+
+def run_images(model: nn.Module, pixels: Tensor, _: int) -> Tensor:
+    return model(pixel_values=pixels).logits
+
+
+def half_of_blocks(d_out: int, d_in: int) -> dict[str, Tensor]:
+    """A random weight, equally many of its blocks of 32 kept in each block-row."""
+    keep = torch.rand(d_out // 32, d_in // 32).argsort(-1) < d_in // 64
+    return pack_blocks(0.02 * torch.randn(d_out, d_in), keep, (32, 32))
 
 
 def bench_attention(batch: int, tokens: int, repeats: int) -> list[dict]:
@@ -426,6 +493,8 @@ def main() -> None:
             for d_out, d_in in VIT_SHAPES:
                 for tokens in VIT_TOKENS:
                     add(bench_blocks(d_out, d_in, tokens, dtype, 3 if flags.quick else 40 if tokens <= 8 else 7))
+        for name, hidden_size, heads in (("DeiT-S", 384, 6), ("DeiT-B", 768, 12)):
+            add(bench_vit(name, hidden_size, heads, 3 if flags.quick else 7))
     if flags.only in (None, "attention"):
         for batch, tokens in KV_BATCHES:
             add(bench_attention(batch, tokens, 3 if flags.quick else 15))
