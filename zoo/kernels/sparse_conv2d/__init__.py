@@ -10,7 +10,7 @@ from ..build import DTYPES, level, library, pointer
 from ..ops import check_floats, define
 
 # Fraction of kept weights up to which the direct product is used on CPUs; above, and elsewhere, the weight is expanded.
-DENSEST = 0.2
+DENSEST = 0.25
 
 
 def _sizes(x: Tensor, mask: Tensor, geometry: list[int]) -> tuple[list[int], tuple[int, int, int, int]]:

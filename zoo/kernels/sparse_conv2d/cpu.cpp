@@ -30,6 +30,14 @@ struct Shape {
   }
 };
 
+// Rows are often shorter than what a call of memcpy costs: pieces of known size are copied in line.
+static inline void copy(float* to, const float* from, int64_t n) {
+  for (; n >= 8; n -= 8, to += 8, from += 8) std::memcpy(to, from, 32);
+  if (n & 4) std::memcpy(to, from, 16), to += 4, from += 4;
+  if (n & 2) std::memcpy(to, from, 8), to += 2, from += 2;
+  if (n & 1) *to = *from;
+}
+
 // One channel of one image, fp32, padded with zeros, phase after phase.
 static void pad_channel(const Shape& s, const void* x, int64_t first, int dtype, float* out) {
   for (int64_t fy = 0; fy < s.sy; fy++)
@@ -42,10 +50,15 @@ static void pad_channel(const Shape& s, const void* x, int64_t first, int dtype,
           std::fill(to, to + s.line(), 0.0f);
           continue;
         }
-        for (int64_t c = 0; c < s.line(); c++) {
-          int64_t place = c * s.sx + fx - s.px;
-          to[c] = place < 0 || place >= s.width ? 0.0f : load_float(x, first + y * s.width + place, dtype);
-        }
+        const int64_t row = first + y * s.width;
+        int64_t begin = std::min(s.line(), std::max<int64_t>(0, (s.px - fx + s.sx - 1) / s.sx));  // where pixels start,
+        int64_t end = std::max(begin, std::min(s.line(), (s.width + s.px - fx + s.sx - 1) / s.sx));  // and end
+        for (int64_t c = 0; c < begin; c++) to[c] = 0;
+        if (dtype == F32 && s.sx == 1)
+          copy(to + begin, (const float*)x + row + begin - s.px, end - begin);
+        else
+          for (int64_t c = begin; c < end; c++) to[c] = load_float(x, row + c * s.sx + fx - s.px, dtype);
+        for (int64_t c = end; c < s.line(); c++) to[c] = 0;
       }
     }
 }
@@ -145,8 +158,13 @@ extern "C" void slimzoo_sparse_conv2d(const void* x, const void* values, const u
         line(padded + i / s.d_out * s.image(), places + begin, weights + begin, row_offsets[o + 1] - begin,
              bias ? load_float(bias, o, dtype) : 0.0f, sums.data(), s.length());
         int64_t to = (first * s.d_out + i) * s.out_height() * s.out_width();
-        for (int64_t r = 0; r < s.out_height(); r++)
-          for (int64_t c = 0; c < s.out_width(); c++) store_float(out, to++, sums[r * s.line() + c], dtype);
+        for (int64_t r = 0; r < s.out_height(); r++, to += s.out_width()) {
+          const float* sum = sums.data() + r * s.line();
+          if (dtype == F32)
+            copy((float*)out + to, sum, s.out_width());
+          else
+            for (int64_t c = 0; c < s.out_width(); c++) store_float(out, to + c, sum[c], dtype);
+        }
       }
     }
   }
