@@ -285,7 +285,9 @@ def quality_table(report: dict) -> str:
     rows.append([f"**{method_name(report)}**", *(f"**{format_metric(m)}**" for m in compressed.values())])
     for name, metrics in report["baselines"].items():
         rows.append([name, *(format_metric(metrics[key]) for key in compressed)])
-    about = [f"- {name}: {text}" for name, text in baseline_texts(report["recipe"]).items() if name in report["baselines"]]
+    about = [
+        f"- {name}: {text}" for name, text in baseline_texts(report["recipe"]).items() if name in report["baselines"]
+    ]
     return "\n\n".join([table(header, rows), "\n".join(about)]).strip()
 
 

@@ -67,7 +67,12 @@ REPORT = {
         "license": (str, NONE),
         "language": [str],
     },
-    "data": {"calibration?": DATA, "training?": DATA, "validation?": DATA, "evaluation": {"tasks?": {"*": DATA}, "*": DATA}},
+    "data": {
+        "calibration?": DATA,
+        "training?": DATA,
+        "validation?": DATA,
+        "evaluation": {"tasks?": {"*": DATA}, "*": DATA},
+    },
     "dense": {"*": METRIC},
     "compressed": {"*": METRIC},
     "baselines": {"*": {"*": METRIC}},

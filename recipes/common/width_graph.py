@@ -121,4 +121,6 @@ def width_graph(model: nn.Module, image_size: int) -> WidthGraph:
         for name, (source, target) in groups.items()
     )
     widths = base_widths(model, groups)
-    return WidthGraph(layers, widths, frozenset(group for group in widths if re.fullmatch(TRUNKS.get(family, ""), group)))
+    return WidthGraph(
+        layers, widths, frozenset(group for group in widths if re.fullmatch(TRUNKS.get(family, ""), group))
+    )
