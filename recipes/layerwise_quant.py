@@ -7,7 +7,8 @@ For decoder blocks i = 1..L with N_i linear weights each, widths h > l and a tar
        sensitivity_i = mean_t KL(p_t || p_t with block i alone at l bits)                        ours, not the paper's
     2. order: least important first, that is by rising LIM or sensitivity, by falling ZD; of equals the later block
     3. the first k blocks of the order get l, the others h, with the smallest k that brings sum N_i b_i / sum N_i to b
-    4. every linear of block i is quantised to b_i bits by RTN, HQQ or GPTQ, in groups along its inputs
+    4. every linear of block i is quantised to b_i bits by RTN, HQQ or GPTQ, in groups along its inputs; on demand the
+       output head to bits of its own, by RTN, which do not count in b
 
 Orders are compared on one set of matrices: each linear is quantised once per width, on inputs of the all-h model, and an
 (order, k) is a choice among them. The checkpoint itself is quantised anew, on inputs of its own true mixture.
@@ -31,12 +32,13 @@ from torch import Tensor, nn
 
 from recipes.common.data import calibration_windows
 from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
-from recipes.common.layerwise import LayerwiseRecipe, Run, load_fp32, load_variant
+from recipes.common.layerwise import LayerwiseRecipe, Run, load_fp32
 from recipes.common.plots import layer_index
 from recipes.common.pruners import LayerStats
 from recipes.common.quantizers import Quantized, awq, gptq, hqq, rtn
 from recipes.common.runner import cached_json
 from recipes.common.streaming import MatrixStore, Method, Variant
+from zoo.checkpoint import HEAD
 from zoo.errors import UserError
 from zoo.kernels.packed_linear.reference import check_format, pack_codes
 from zoo.verify import layer_bytes
@@ -48,6 +50,7 @@ ORDERS = (*MEASURED, "random", "depth", "ends")
 RANDOM_ORDERS = 3
 SENSITIVITY_TOKENS = 4096
 STABLE = 0.9  # Kendall's tau between two halves of the text that LIM should reach (section 3.1)
+HEAD_ROWS = 8192  # of the head that are quantised at once
 GPTQ_TOKENS = 20  # calibration tokens per input feature below which GPTQ may lose to rounding (section 6)
 
 
@@ -89,6 +92,10 @@ class LayerwiseQuant(LayerwiseRecipe):
     keep: list[str] = field(
         default_factory=list, metadata={"help": "blocks that stay at the high width: first, last, or numbers from 0"}
     )
+    head_bits: int | None = field(
+        default=None,
+        metadata={"help": "bits of the output head; tied embeddings keep their table beside it (default: left alone)"},
+    )
     curve_points: int = field(
         default=2, metadata={"help": "points of each order's curve of quality against bits, besides its ends; 0 = none"}
     )
@@ -119,6 +126,10 @@ class LayerwiseQuant(LayerwiseRecipe):
         if self.importance not in ORDERS and not self.importance.endswith(".json"):
             raise UserError(f"--importance {self.importance}: one of {', '.join(ORDERS)} or a .json file is needed.")
         self.own_order = self.importance if self.importance in ORDERS else "file"
+        if self.head_bits not in (None, *WIDTHS):
+            raise UserError(f"--head_bits {self.head_bits}: one of {', '.join(map(str, WIDTHS))} is needed.")
+        if self.head_bits:
+            self.ignore = [part for part in self.ignore if part != HEAD]
         if self.curve_points < 0:
             raise UserError(f"--curve_points {self.curve_points}: 0 or more is needed.")
         if self.seqlen < 3 or self.nsamples < 2:
@@ -126,7 +137,7 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
         """Refuses a matrix that the widths or groups do not fit, before any work."""
-        for bits in (self.high, self.low):
+        for bits in (self.head_bits,) if name == HEAD else (self.high, self.low):
             try:
                 check_format(d_in, bits, self.group_size)
             except ValueError as error:
@@ -138,7 +149,7 @@ class LayerwiseQuant(LayerwiseRecipe):
             )
 
     def modules(self, streamed) -> dict[str, nn.Linear]:
-        """The linears; also reads what of the flags depends on the number of blocks."""
+        """The linears, the head last; also reads what of the flags depends on the number of blocks."""
         self.linears = super().modules(streamed)
         self.blocks = sorted({layer_index(name, 0) for name in self.linears})
         self.weights = dict.fromkeys(self.blocks, 0)
@@ -148,7 +159,16 @@ class LayerwiseQuant(LayerwiseRecipe):
         free = [block for block in self.blocks if block not in self.kept]
         plan_bits(free, self.weights, self.avg_bits, self.high, self.low)  # is the average within reach?
         self.given = read_scores(self.importance, self.blocks) if self.own_order == "file" else None
-        return self.linears
+        if self.head_bits is None:
+            return self.linears
+        sizes = streamed.config.get_text_config()
+        head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False, device="meta")
+        self.check_matrix(HEAD, head.out_features, head.in_features)
+        return self.linears | {HEAD: head}
+
+    def needs(self, streamed, modules: dict[str, nn.Linear], methods: list[Method]) -> tuple:
+        """As of the blocks: the head is quantised by parts, with nothing else in memory."""
+        return super().needs(streamed, self.linears, methods)
 
     # -------------------------------------------------------------------------------------------------- quantising
 
@@ -176,6 +196,20 @@ class LayerwiseQuant(LayerwiseRecipe):
             zeros = quantized.zeros
             tensors["zeros"] = zeros if zeros.dtype == torch.uint8 else zeros.to(dtype)
         return Variant(tensors, None, quantized.dequantize(), self.spec(backend, quantized.bits))
+
+    def pack_head(self, run: Run, store: MatrixStore) -> None:
+        """The head, of tied embeddings a copy of their table, to `store` as a matrix of the method."""
+        if self.head_bits is None or store.has(self.method, HEAD):
+            return
+        tied, tensors = run.streamed.config.get_text_config().tie_word_embeddings, run.streamed.tensors
+        weight = tensors.get(f"{run.streamed.decoder_prefix}embed_tokens.weight" if tied else f"{HEAD}.weight")
+        options = (self.head_bits, self.group_size, self.symmetric, getattr(torch, self.dtype), self.scale_search)
+        parts = [self.pack(rtn(rows.float(), *options), "rtn") for rows in weight.split(HEAD_ROWS)]
+        packed = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
+        head = Variant(packed, None, torch.cat([part.dense for part in parts]), parts[0].spec)
+        own = Method(self.method, self.compress, packed=(self.method,))
+        facts = dict.fromkeys(("loss_init", "loss_final", "output_error", "seconds"))
+        store.save(own, HEAD, {self.method: head}, {self.method: facts})
 
     def spec(self, backend: str, bits: int) -> dict:
         """What config.json says of one matrix."""
@@ -222,6 +256,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         compress([candidates], observe=partial(score_block, store.folder / "blocks"))
         if run.processes.rank == 0:
             cached_json(store.folder / "plan.json", partial(self.make_plan, run, store))
+            self.pack_head(run, store)
         run.processes.barrier()
         self.bits = Plan.read(store).bits
         compress([own, *rivals])
@@ -295,7 +330,8 @@ class LayerwiseQuant(LayerwiseRecipe):
             for seed in run.seeds:
                 plan = Plan.read(run.store(seed))
                 if name in BACKENDS or name == "awq":
-                    metrics = run.measure(f"{name}-{seed}", partial(load_variant, run, seed, name, name))
+                    variants = dict.fromkeys(self.blocks, name)
+                    metrics = run.measure(f"{name}-{seed}", partial(load_mixture, run, run.store(seed), name, variants))
                 else:
                     metrics = self.measure_mixtures(run, seed, self.mixtures(name, plan))
                 measured.setdefault(name, []).append(metrics)
@@ -325,7 +361,8 @@ class LayerwiseQuant(LayerwiseRecipe):
         runs = {}
         for bits in mixtures:
             digest = hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:12]
-            load = partial(load_mixture, run, run.store(seed), f"{self.high}-bit", bits)
+            variants = {block: f"{width}-bit" for block, width in bits.items()}
+            load = partial(load_mixture, run, run.store(seed), f"{self.high}-bit", variants)
             runs[digest] = run.measure(f"mixture-{seed}-{digest}", load)
         return mean_of_runs(list(runs.values()))
 
@@ -348,12 +385,13 @@ class LayerwiseQuant(LayerwiseRecipe):
     def baseline_rows(
         self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
     ) -> dict[str, list[dict]]:
-        """AWQ's scales of the inputs count as folded into the layer before."""
+        """AWQ's scales of the inputs count as folded into the layer before; all models have the same head."""
         plan, rows = Plan.read(store), {}
+        head = [row for row in self.layer_rows(modules, store) if row["name"] == HEAD]
         for name in names:
             quantiser = name in self.zeros
             bits = plan.bits if quantiser else self.mixtures(name, plan)[0]
-            rows[name] = self.rows(bits, name if quantiser else self.backend)
+            rows[name] = self.rows(bits, name if quantiser else self.backend) + head
         return rows
 
     def compression_config(self, store: MatrixStore) -> dict:
@@ -363,6 +401,7 @@ class LayerwiseQuant(LayerwiseRecipe):
             "backend": self.backend,
             "importance": self.own_order,
             "levels": [self.high, self.low],
+            "head_bits": self.head_bits,
             "average_bits": self.average(plan.bits),
             "average_bits_with_overhead": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
             "bits_by_layer": {str(block): bits for block, bits in plan.bits.items()},
@@ -398,9 +437,14 @@ class LayerwiseQuant(LayerwiseRecipe):
             "stored": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
         }
         notes = [
-            f"the quantised weights take {config['nominal']:.2f} bits on average, {config['stored']:.2f} with scales and"
-            " zero points; embeddings, head and norms are not quantised"
+            f"the quantised weights of the blocks take {config['nominal']:.2f} bits on average, {config['stored']:.2f} with"
+            f" scales and zero points; embeddings{'' if self.head_bits else ', head'} and norms are not quantised"
         ]
+        if self.head_bits:
+            notes.append(
+                f"the output head takes {self.head_bits} bits, by round-to-nearest, here and in the compressed models that"
+                " are compared with, not in the dense one"
+            )
         if plan.stability < STABLE:
             notes.append(
                 f"the ranking by LIM is not stable: Kendall's tau between halves of the calibration text is"
@@ -517,14 +561,18 @@ def read_scores(path: str, blocks: list[int]) -> dict[int, float]:
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def load_mixture(run: Run, store: MatrixStore, method: str, bits: dict[int, int]) -> nn.Module:
-    """The dense model with candidates of the given widths swapped in; a block that `bits` lacks hands its input on."""
+def load_mixture(run: Run, store: MatrixStore, method: str, variants: dict[int, str]) -> nn.Module:
+    """The dense model with a variant of each block, and the packed head, swapped in; a block without one hands its input
+    on."""
     model = load_fp32(run.base.path)
     missing = set()
     for name in run.modules:
         block = layer_index(name, 0)
-        if block in bits:
-            model.get_submodule(name).weight.data.copy_(store.weight(method, name, f"{bits[block]}-bit"))
+        if name == HEAD:
+            own = LayerwiseQuant.method
+            model.get_submodule(name).weight = nn.Parameter(store.weight(own, name, own))  # the table stays as it is
+        elif block in variants:
+            model.get_submodule(name).weight.data.copy_(store.weight(method, name, variants[block]))
         else:
             missing.add(block)
     for block in missing:

@@ -21,6 +21,7 @@ from .layers.packed_linear import REBUILD, PackedLinear
 from .models import slim_class_for, slim_class_of
 
 SHARD_BYTES = 5 * 10**9
+HEAD = "lm_head"  # the output head of every causal language model of transformers that we have
 CARRIED_FILES = (  # what a base folder may hold besides weights and config
     "added_tokens.json",
     "chat_template.jinja",
@@ -66,7 +67,8 @@ def write_checkpoint(
             be a compressed checkpoint, whose weights then stay packed as they are.
         compression: the `compression_config`; its "modules" say which linears are packed, and how.
         tensors: (name, tensor) of the packed tensors, in any order, read once. Everything else, biases of packed
-            linears included, is copied from the base; tied embeddings stay as the base stores them.
+            linears included, is copied from the base; tied embeddings stay as the base stores them, but if the modules
+            name the head, it becomes a matrix of its own beside the table, and `tie_word_embeddings` false.
         dtype: torch.float32, bfloat16 or float16, of all floating-point tensors of the result.
         extra_files: {file name: content} to add, such as the card and the report.
         max_shard_bytes: size of the tensors in one weights file; a larger tensor gets a file to itself.
@@ -282,6 +284,9 @@ def _slim_config(base: Path, compression: dict, dtype: torch.dtype, more: dict):
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{base}: config.json does not describe a model of its type ({reason}).") from None
+    if HEAD in compression.get("modules", {}) and config.tie_word_embeddings:
+        config.tie_word_embeddings = False
+        config.compression_config = {**compression, "untied_head": True}  # the dense model ties
     config.architectures = [model_class.__name__]
     config.dtype = str(dtype).removeprefix("torch.")
     return config

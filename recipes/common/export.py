@@ -246,7 +246,7 @@ def quantization_config(modules: dict[str, dict]) -> dict:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": [] if "lm_head" in modules else ["lm_head"],
     }
 
 

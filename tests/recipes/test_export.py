@@ -66,6 +66,31 @@ def test_packed_bits_keep_their_codes_in_gguf(tmp_path, family, bits):
     assert types["token_embd.weight"] == "F16" and types["blk.0.attn_norm.weight"] == "F32"
 
 
+@pytest.mark.parametrize(("bits", "type_name"), [(4, "Q4_1"), (8, "Q8_0")])
+def test_a_packed_head_of_tied_embeddings_is_exported(tmp_path, bits, type_name):
+    packing = Packing(make_base(tmp_path / "base", "llama"), (4,), head_bits=bits)
+    folder = packing.write(tmp_path / "packed")
+    expected = logits(folder)
+    export_dense(folder, tmp_path / "dense", dtype="float32")
+    torch.testing.assert_close(logits(tmp_path / "dense"), expected, atol=1e-4, rtol=1e-4)
+    export_gguf(folder, tmp_path / "model.gguf", "packed")
+    back = logits(tmp_path, gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True))
+    assert (back - expected).norm() < (2e-3 if bits == 4 else 3e-2) * expected.norm()
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (types["output.weight"], types["token_embd.weight"]) == (type_name, "F16")
+    export_compressed_tensors(folder, tmp_path / "ct")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert [g["weights"]["num_bits"] for g in groups if "lm_head" in g["targets"]] == [bits]
+    assert config["quantization_config"]["ignore"] == [] and config["tie_word_embeddings"] is False
+    weights = load_file(tmp_path / "ct" / "model.safetensors")
+    codes = unpack_words(weights["lm_head.weight_packed"], bits, 64)
+    zeros = unpack_words(weights["lm_head.weight_zero_point"].T, bits, 259).T.repeat_interleave(32, 1)
+    w = (codes - zeros) * weights["lm_head.weight_scale"].repeat_interleave(32, 1)
+    torch.testing.assert_close(w, packing.dense.lm_head.weight.data)
+    assert "lm_head.weight" not in weights and "model.embed_tokens.weight" in weights
+
+
 def unpack_words(words, bits, n):
     """compressed-tensors' packing read bit by bit: code i is at bit i * bits of its row of int32 words."""
     out = torch.zeros(len(words), n, dtype=torch.int64)

@@ -13,17 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
 from tiny_models import make_base
 
 import zoo  # noqa: F401
+from recipes.common.data import load_text
 from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
-from recipes.common.runner import parse
+from recipes.common.layerwise import held_out_windows, measure_model
+from recipes.common.quantizers import rtn
+from recipes.common.runner import main, parse
 from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks
 from recipes.layerwise_quant import LayerwiseQuant, mean_of_runs, parse_levels, plan_bits, score_block
 from zoo.errors import UserError
+from zoo.verify import verify
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 
@@ -366,6 +370,35 @@ def test_the_other_ways(base, tmp_path, changes, said):
         assert sorted(low) == sorted(sorted(damage, key=damage.get)[:2]) and min(damage.values()) > 0
 
 
+def test_a_packed_head_of_tied_embeddings(tmp_path):
+    """It counts in the sizes of all compressed models and in what they are measured with; the average is the blocks'."""
+    (tmp_path / "calibration.txt").write_text(WORDS * 60)
+    base = make_base(tmp_path / "model", "llama")
+    output = tmp_path / "lq"
+    main(command(base, output, "--baselines", "lim", "rtn", head_bits=2, curve_points=0)[3:])
+    config, report = json.loads((output / "config.json").read_text()), json.loads((output / "report.json").read_text())
+    packed = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert torch.equal(packed.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    head = rtn(dense.lm_head.weight.data, 2, 32, False, torch.float32).dequantize()
+    assert torch.equal(packed.lm_head.dense_weight(), head)
+    assert config["tie_word_embeddings"] is False and config["compression_config"]["average_bits"] == 3.5
+    assert config["compression_config"]["ignore"] == []
+    size = report["size"]
+    assert size["parameters"] == sum(parameter.numel() for parameter in dense.parameters())
+    assert size["compressed_bytes"] == sum(p.nbytes for p in packed.state_dict().values())
+    assert size["baselines"] == dict.fromkeys(["lim", "rtn"], size["compressed_bytes"])
+    assert report["layers"][-1]["name"] == "lm_head" and report["layers"][-1]["d_out"] == 259
+    for name, spec in config["compression_config"]["modules"].items():  # the rival has the same head
+        weight = rtn(dense.get_submodule(name).weight.data, spec["bits"], 32, False, torch.float32).dequantize()
+        dense.get_submodule(name).weight = torch.nn.Parameter(weight)
+    tokenizer, texts = AutoTokenizer.from_pretrained(base), {"A": load_text("A")}
+    windows = held_out_windows(texts, tokenizer, report["config"])
+    found = measure_model(dense, tokenizer, windows, report["config"])["perplexity/A"]["value"]
+    assert found == pytest.approx(report["baselines"]["rtn"]["perplexity/A"]["value"], rel=1e-4)
+    assert all(finding.ok for finding in verify(output, None))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -380,6 +413,7 @@ def test_the_other_ways(base, tmp_path, changes, said):
         (["--importance", "luck"], "--importance luck"),
         (["--backend", "hqq", "--symmetric"], "--symmetric"),
         (["--curve_points", "-1"], "--curve_points -1"),
+        (["--head_bits", "7"], "--head_bits 7: one of 8, 6, 5, 4, 3, 2, 1"),
         (["--model", "smollm2-135m-instruct", "--group_size", "32"], "lossless"),
     ],
 )

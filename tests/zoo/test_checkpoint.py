@@ -154,6 +154,28 @@ def test_ties_stay_as_in_the_base(tmp_path):
         assert_same_logits(logits(model), logits(packing.dense))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])  # tied, untied, tied by default
+def test_a_packed_head_is_a_matrix_of_its_own(family, tmp_path):
+    """The table stays, sizes compare with the dense model as it was."""
+    base = make_base(tmp_path / "base", family)
+    packing, dense = Packing(base, (4,), head_bits=6), AutoModelForCausalLM.from_pretrained(base)
+    tied = dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert tied is (family != "qwen2")
+    folder = packing.write(tmp_path / "slim")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["compression_config"].get("untied_head", False) is tied
+    model = load(folder)
+    assert_same_logits(logits(model), logits(packing.dense))
+    assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    sizes = read_checkpoint_sizes(folder)
+    assert sizes["parameters"] == sum(parameter.numel() for parameter in dense.parameters())
+    assert sizes["compressed_bytes"] == sum(len(data) for _, _, data in tensor_bytes(folder).values())
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    AutoModel.from_pretrained(folder)  # without its head
+
+
 def test_generates_what_the_dense_model_generates(packing, checkpoint):
     model = load(checkpoint)
     for settings in ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}):

@@ -36,7 +36,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each family, each with the logits and greedy tokens that the installed slimzoo computes."""
     root, folders = tmp_path_factory.mktemp("checkpoints"), {}
     for family, kind in FAMILIES.items():
-        packing = Packing(make_base(root / f"base-{family}", family), kind)
+        packing = Packing(make_base(root / f"base-{family}", family), kind, head_bits=6 if family == "qwen3" else None)
         settings = {"kv_cache_quantization": CACHE} if family == "qwen3" else {}  # its tokens come from packed codes
         folders[family] = packing.write(root / f"slim-{family}", settings=settings)
         model = AutoModelForCausalLM.from_pretrained(folders[family])

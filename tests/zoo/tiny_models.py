@@ -57,12 +57,14 @@ def make_base(folder: Path, family: str = "llama", **settings) -> Path:
 class Packing:
     """Random packed weights for every linear of a base folder's decoder layers, and the dense model they amount to.
 
-    Kinds: armor, 2:4, ragged, or a tuple of bits, one per layer in turn.
+    Kinds: armor, 2:4, ragged, or a tuple of bits, one per layer in turn; head_bits packs the output head too.
 
     Attributes: compression (the config), tensors {name: packed tensor, fp32}, dense (the stock model with W = A' S B').
     """
 
-    def __init__(self, base: Path, kind: str = "armor", block_in: int = 16, block_out: int = 8):
+    def __init__(
+        self, base: Path, kind: str = "armor", block_in: int = 16, block_out: int = 8, head_bits: int | None = None
+    ):
         self.base = base
         self.dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         self.tensors, modules = {}, {}
@@ -78,6 +80,10 @@ class Packing:
                 modules[name], weight, tensors = pack[kind](linear, block_in, block_out, generator)
             self.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
             linear.weight.data.copy_(weight)
+        if head_bits:
+            modules["lm_head"], weight, tensors = self.pack_bits(self.dense.lm_head, head_bits, generator)
+            self.tensors |= {f"lm_head.{key}": tensor for key, tensor in tensors.items()}
+            self.dense.lm_head.weight = nn.Parameter(weight)  # no longer the table of tied embeddings
         self.compression = {"method": str(kind), "format_version": 1, "modules": modules}
 
     @staticmethod

@@ -38,6 +38,8 @@ class PackedConfigMixin:
         """The config of the dense model that the checkpoint was made from or stands for."""
         config = copy.deepcopy(self)
         config.compression_config = None
+        if (self.compression_config or {}).get("untied_head"):
+            config.tie_word_embeddings = True
         return config
 
     def packed_modules(self) -> dict[str, dict]:
