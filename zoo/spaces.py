@@ -16,6 +16,8 @@ MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
 MAX_IMAGE_BYTES = 5 << 20
 MAX_PIXELS = 4096 * 4096
+TURNS = 5  # forward passes that an image's latency is the fastest of
+CLASSES_SHOWN = 5
 
 
 def find_checkpoint(name: str | None, local: Path, hub_id: str) -> Path:
@@ -52,6 +54,20 @@ def open_image(path: str | Path) -> Image.Image:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on damaged files
         raise UserError("The file is not an image that can be read; upload a PNG, JPEG or WebP.") from None
+
+
+@torch.inference_mode()
+def classify(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[dict[str, float], str]:
+    """({class: probability} of the likeliest, how long it took, as Markdown) for one image (1, 3, H, W)."""
+    seconds = []
+    for _ in range(TURNS):
+        begin = time.perf_counter()
+        logits = model(pixel_values=pixels).logits[0]
+        seconds.append(time.perf_counter() - begin)
+    chances = logits.softmax(-1)
+    best = chances.argsort(descending=True)[:CLASSES_SHOWN].tolist()
+    shown = f"**{1e3 * min(seconds):.1f} ms** for one image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels"
+    return {str(model.config.id2label[i]): chances[i].item() for i in best}, shown
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import gradio as gr
@@ -21,12 +20,10 @@ from zoo.card import format_bytes, format_metric, metric_title
 from zoo.errors import UserError
 from zoo.kernels.block_sparse_linear.reference import block_rows
 from zoo.layers.block_sparse import BlockSparseLinear
-from zoo.spaces import find_checkpoint, find_dense, open_image
+from zoo.spaces import classify, find_checkpoint, find_dense, open_image
 
 LOCAL = Path("runs/lpvit")
 HUB_ID = "slimzoo/vit-tiny-easy-vqa-lpvit"
-TURNS = 5  # forward passes that a latency is the fastest of
-SHOWN = 5  # classes
 COLUMNS = 6  # masks in a row
 COST = "Cost of an image"  # the report's table of multiply-adds and energy
 
@@ -36,19 +33,6 @@ def load_dense(checkpoint: Path, name: str | None, report: dict) -> PreTrainedMo
     beside = checkpoint.with_name(f"{checkpoint.name}-dense")
     source = name or (str(beside) if beside.is_dir() else find_dense(None, report))
     return AutoModelForImageClassification.from_pretrained(source).eval()
-
-
-@torch.inference_mode()
-def classify(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[dict[str, float], float]:
-    """({class: probability} of the likeliest, milliseconds of the fastest pass)."""
-    seconds = []
-    for _ in range(TURNS):
-        begin = time.perf_counter()
-        logits = model(pixel_values=pixels).logits[0]
-        seconds.append(time.perf_counter() - begin)
-    chances = logits.softmax(-1)
-    best = chances.argsort(descending=True)[:SHOWN].tolist()
-    return {str(model.config.id2label[i]): chances[i].item() for i in best}, 1e3 * min(seconds)
 
 
 def block_masks(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -112,11 +96,7 @@ def build(checkpoint: Path, dense_name: str | None) -> gr.Blocks:
             raise gr.Error(str(error)) from None
         pixels, shown = processor(image, return_tensors="pt").pixel_values, [image]
         for model in models.values():
-            chances, milliseconds = classify(model, pixels)
-            shown += [
-                chances,
-                f"**{milliseconds:.1f} ms** for one image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels",
-            ]
+            shown += classify(model, pixels)
         return tuple(shown)
 
     with gr.Blocks(title="Block-sparse vision transformer", analytics_enabled=False) as app:

@@ -8,26 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
-import torch
 from matplotlib.figure import Figure
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.card import format_bytes, format_metric, metric_title
 from zoo.errors import UserError
-from zoo.spaces import find_checkpoint, open_image
+from zoo.spaces import classify, find_checkpoint, open_image
 
 CHECKPOINTS = {  # where a recipe leaves its checkpoint, and its Hub repository
     "random-pruning": (Path("runs/random-pruning"), "slimzoo/resnet-14-8-cifar10-random-pruning"),
     "precropping": (Path("runs/precropping"), "slimzoo/resnet-8-cifar10-precropping"),
 }
-TURNS = 5  # forward passes that a latency is the fastest of
-SHOWN = 5  # classes
 
 
 @dataclass
@@ -60,27 +56,15 @@ def load_pair(folder: Path, dense: str | None) -> Pair:
     return Pair(folder, report, load(folder).eval(), load(dense).eval() if dense else None, processor)
 
 
-@torch.inference_mode()
-def classify(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[dict[str, float], float]:
-    """({class: probability} of the likeliest, milliseconds of the fastest pass)."""
-    seconds = []
-    for _ in range(TURNS):
-        begin = time.perf_counter()
-        logits = model(pixel_values=pixels).logits[0]
-        seconds.append(time.perf_counter() - begin)
-    chances = logits.softmax(-1)
-    best = chances.argsort(descending=True)[:SHOWN].tolist()
-    return {str(model.config.id2label[i]): chances[i].item() for i in best}, 1e3 * min(seconds)
-
-
 def sizes_before_and_after(pair: Pair) -> tuple[str, list[str], list[int], list[float]]:
     """(what is counted, names, before, after): weights of every layer, or channels of every group."""
     compression = pair.model.config.compression_config
     if "precrop" in compression:
         before, after = compression["precrop"]["base_widths"], compression["precrop"]["widths"]
         return "channels", list(before), list(before.values()), [after[name] for name in before]
-    dense, densities = pair.model.dense_model(), compression["densities"]
-    before = [dense.get_parameter(name).numel() for name in densities]
+    sizes = {name: weight.numel() for name, weight in pair.model.dense_model().named_parameters()}
+    densities = {name: compression["densities"][name] for name in sizes if name in compression["densities"]}
+    before = [sizes[name] for name in densities]
     after = [count * density for count, density in zip(before, densities.values(), strict=True)]
     return "weights", [name.removesuffix(".weight") for name in densities], before, after
 
@@ -134,9 +118,7 @@ def build(pairs: list[Pair]) -> gr.Blocks:
                 if model is None:
                     shown += [{}, "The dense network is not at hand."]
                     continue
-                chances, milliseconds = classify(model, pixels)
-                side = f"{pixels.shape[-2]} x {pixels.shape[-1]}"
-                shown += [chances, f"**{milliseconds:.1f} ms** for one image of {side} pixels"]
+                shown += classify(model, pixels)
         return tuple(shown)
 
     with gr.Blocks(title="Pruning at initialisation", analytics_enabled=False) as app:
