@@ -7,7 +7,7 @@ For decoder blocks i = 1..L with N_i linear weights each, widths h > l and a tar
        sensitivity_i = mean_t KL(p_t || p_t with block i alone at l bits)                        ours, not the paper's
     2. order: least important first, that is by rising LIM or sensitivity, by falling ZD; of equals the later block
     3. the first k blocks of the order get l, the others h, with the smallest k that brings sum N_i b_i / sum N_i to b
-    4. every linear of block i is quantised to b_i bits by RTN, HQQ or GPTQ, in groups along its inputs; on demand the
+    4. every linear of block i is quantised to b_i bits by RTN, HQQ, GPTQ or AWQ, in groups along its inputs; on demand the
        output head to bits of its own, by RTN, which do not count in b
 
 Orders are compared on one set of matrices: each linear is quantised once per width, on inputs of the all-h model, and an
@@ -23,28 +23,30 @@ import hashlib
 import json
 import math
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from recipes.common.bit_plans import WIDTHS, parse_levels, pinned, plan_bits, read_scores
 from recipes.common.data import calibration_windows
+from recipes.common.folding import Fold, block_scales, folds_of, sources
 from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
 from recipes.common.layerwise import LayerwiseRecipe, Run, load_fp32
 from recipes.common.plots import layer_index
 from recipes.common.pruners import LayerStats
-from recipes.common.quantizers import Quantized, awq, gptq, hqq, rtn
+from recipes.common.quantizers import Quantized, awq, awq_scales, gptq, hqq, rtn
 from recipes.common.runner import cached_json
-from recipes.common.streaming import MatrixStore, Method, Variant
+from recipes.common.streaming import InputStatistics, MatrixStore, Method, Variant
 from zoo.checkpoint import HEAD
 from zoo.errors import UserError
 from zoo.kernels.packed_linear.reference import check_format, pack_codes
 from zoo.verify import layer_bytes
 
-WIDTHS = (8, 6, 5, 4, 3, 2, 1)  # what the kernels compute on
-BACKENDS = ("gptq", "hqq", "rtn")
+BACKENDS = ("rtn", "hqq", "gptq", "awq")
 MEASURED = ("lim", "zd", "zd-two-sided", "sensitivity")
 ORDERS = (*MEASURED, "random", "depth", "ends")
 RANDOM_ORDERS = 3
@@ -115,7 +117,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         if self.symmetric:
             self.zeros |= dict.fromkeys(("rtn", "gptq", "awq"), "none")
             if self.backend == "hqq":
-                raise UserError("--symmetric: HQQ searches zero points; use --backend rtn or gptq.")
+                raise UserError("--symmetric: HQQ searches zero points; use --backend rtn, gptq or awq.")
         if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
             raise UserError(f"--group_size {self.group_size}: a multiple of 32, or -1 for whole rows, is needed.")
         if self.model == "smollm2-135m-instruct" and self.group_size == 32 and not self.symmetric:
@@ -150,7 +152,12 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def modules(self, streamed) -> dict[str, nn.Linear]:
         """The linears, the head last; also reads what of the flags depends on the number of blocks."""
-        self.linears = super().modules(streamed)
+        self.linears, self.streamed, self.scaled = super().modules(streamed), streamed, {}
+        config = streamed.config.get_text_config()
+        self.folds = {
+            i: folds_of(f"{streamed.prefix}.{i}", streamed.layers[i], config, set(self.linears))
+            for i in range(len(streamed))
+        }
         self.blocks = sorted({layer_index(name, 0) for name in self.linears})
         self.weights = dict.fromkeys(self.blocks, 0)
         for name, module in self.linears.items():
@@ -161,8 +168,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         self.given = read_scores(self.importance, self.blocks) if self.own_order == "file" else None
         if self.head_bits is None:
             return self.linears
-        sizes = streamed.config.get_text_config()
-        head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False, device="meta")
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         self.check_matrix(HEAD, head.out_features, head.in_features)
         return self.linears | {HEAD: head}
 
@@ -172,11 +178,14 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     # -------------------------------------------------------------------------------------------------- quantising
 
-    def quantise(self, backend: str, weight: Tensor, stats: LayerStats, bits: int) -> Variant:
+    def quantise(self, backend: str, name: str, weight: Tensor, stats: LayerStats, bits: int) -> Variant:
         """One matrix (d_out, d_in) fp32 by one backend."""
-        options = (bits, self.group_size, self.symmetric, getattr(torch, self.dtype))
+        options = self.options(bits)
         if backend == "awq":
-            return Variant({}, None, awq(weight, stats, *options))
+            columns, rows = self.scaled[bits][name]
+            variant = self.pack(awq(weight, stats, columns, rows, *options), backend)
+            variant.dense, variant.folded = variant.dense * rows[:, None] / columns, {"columns": columns, "rows": rows}
+            return variant
         if backend == "hqq":
             quantized = hqq(weight, *options)
         elif backend == "rtn":
@@ -184,6 +193,25 @@ class LayerwiseQuant(LayerwiseRecipe):
         else:
             quantized = gptq(weight, stats, *options, search=self.scale_search)
         return self.pack(quantized, backend)
+
+    def options(self, bits: int) -> tuple:
+        """What all quantisers take."""
+        return bits, self.group_size, self.symmetric, getattr(torch, self.dtype)
+
+    def preparation(self, backend: str, widths: Callable[[int], Iterable[int]]) -> dict:
+        """`Method.prepare` of a backend: AWQ's scales, which matrices share, at the widths of each block."""
+
+        def search(bits: int, weights: list[Tensor], stats: LayerStats, fold: Fold) -> Tensor:
+            d = fold.to_source(stats.second_moment)
+            return awq_scales(weights, stats, d, *self.options(bits), to_inputs=fold.to_inputs)
+
+        def prepare(weights: dict[str, Tensor], stats: InputStatistics) -> None:
+            block = layer_index(next(iter(weights)), 0)
+            norm = lambda name: self.streamed.tensors.get(f"{name}.weight").float()  # noqa: E731
+            arguments = self.folds[block], weights, stats.stats, norm, getattr(torch, self.dtype)
+            self.scaled = {bits: block_scales(*arguments, partial(search, bits)) for bits in widths(block)}
+
+        return {"prepare": prepare} if backend == "awq" else {}
 
     def pack(self, quantized: Quantized, backend: str) -> Variant:
         """The tensors of section 4."""
@@ -203,7 +231,7 @@ class LayerwiseQuant(LayerwiseRecipe):
             return
         tied, tensors = run.streamed.config.get_text_config().tie_word_embeddings, run.streamed.tensors
         weight = tensors.get(f"{run.streamed.decoder_prefix}embed_tokens.weight" if tied else f"{HEAD}.weight")
-        options = (self.head_bits, self.group_size, self.symmetric, getattr(torch, self.dtype), self.scale_search)
+        options = (*self.options(self.head_bits), self.scale_search)
         parts = [self.pack(rtn(rows.float(), *options), "rtn") for rows in weight.split(HEAD_ROWS)]
         packed = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
         head = Variant(packed, None, torch.cat([part.dense for part in parts]), parts[0].spec)
@@ -221,33 +249,35 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def compress(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
         """One matrix of the checkpoint, at the width of its block."""
-        return {self.method: self.quantise(self.backend, weight, stats, self.bits[layer_index(name, 0)])}
+        return {self.method: self.quantise(self.backend, name, weight, stats, self.bits[layer_index(name, 0)])}
 
     def candidates(self) -> Method:
         """Every matrix at both widths, on inputs of the model that has the high one everywhere (section 3.6)."""
         names = {f"{bits}-bit": bits for bits in (self.high, self.low)}
 
-        def compress(_: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
-            return {name: self.quantise(self.backend, weight, stats, bits) for name, bits in names.items()}
+        def compress(matrix: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+            return {name: self.quantise(self.backend, matrix, weight, stats, bits) for name, bits in names.items()}
 
-        return Method(f"{self.high}-bit", compress, self.inputs(), packed=tuple(names))
+        prepare = self.preparation(self.backend, lambda _: names.values())
+        return Method(f"{self.high}-bit", compress, self.inputs(), packed=tuple(names), **prepare)
 
     def baseline_methods(self) -> list[Method]:
         """The other quantisers, at the same widths block by block."""
 
         def method(backend: str) -> Method:
             def compress(name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
-                return {backend: self.quantise(backend, weight, stats, self.bits[layer_index(name, 0)])}
+                return {backend: self.quantise(backend, name, weight, stats, self.bits[layer_index(name, 0)])}
 
-            return Method(backend, compress, self.inputs(backend), packed=(backend,) if backend != "awq" else ())
+            prepare = self.preparation(backend, lambda block: (self.bits[block],))
+            return Method(backend, compress, self.inputs(backend), packed=(backend,), **prepare)
 
-        rivals = ("rtn", "hqq", "gptq", "awq")
-        return [method(name) for name in rivals if name != self.backend and not (self.symmetric and name == "hqq")]
+        return [method(name) for name in BACKENDS if name != self.backend and not (self.symmetric and name == "hqq")]
 
     # ---------------------------------------------------------------------------------------------- the two passes
 
     def methods(self) -> list[Method]:
         own, *rivals = super().methods()
+        own = replace(own, **self.preparation(self.backend, lambda block: (self.bits[block],)))
         return [own, self.candidates(), *rivals]
 
     def produce(self, run: Run, store: MatrixStore, compress) -> None:
@@ -329,7 +359,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         for name in self.chosen_baselines():
             for seed in run.seeds:
                 plan = Plan.read(run.store(seed))
-                if name in BACKENDS or name == "awq":
+                if name in BACKENDS:
                     variants = dict.fromkeys(self.blocks, name)
                     metrics = run.measure(f"{name}-{seed}", partial(load_mixture, run, run.store(seed), name, variants))
                 else:
@@ -385,7 +415,7 @@ class LayerwiseQuant(LayerwiseRecipe):
     def baseline_rows(
         self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
     ) -> dict[str, list[dict]]:
-        """AWQ's scales of the inputs count as folded into the layer before; all models have the same head."""
+        """All models have the same head."""
         plan, rows = Plan.read(store), {}
         head = [row for row in self.layer_rows(modules, store) if row["name"] == HEAD]
         for name in names:
@@ -393,6 +423,13 @@ class LayerwiseQuant(LayerwiseRecipe):
             bits = plan.bits if quantiser else self.mixtures(name, plan)[0]
             rows[name] = self.rows(bits, name if quantiser else self.backend) + head
         return rows
+
+    def packed_tensors(self, modules: dict[str, nn.Linear], store: MatrixStore) -> Iterator[tuple[str, Tensor]]:
+        """With AWQ also the norms and biases that make up for the scales."""
+        yield from super().packed_tensors(modules, store)
+        if self.backend == "awq":
+            folds = [fold for block in self.folds.values() for fold in block]
+            yield from sources(folds, self.streamed.tensors, partial(store.folded, self.method, variant=self.method))
 
     def compression_config(self, store: MatrixStore) -> dict:
         """The method's own part of `compression_config` (section 4)."""
@@ -445,6 +482,11 @@ class LayerwiseQuant(LayerwiseRecipe):
                 f"the output head takes {self.head_bits} bits, by round-to-nearest, here and in the compressed models that"
                 " are compared with, not in the dense one"
             )
+        if self.backend == "awq":
+            notes.append(
+                "AWQ's scales are folded into the norms before q, k, v, gate and up, and into the rows of v and up, so these"
+                " differ from the base model's beyond rounding, and cancel out"
+            )
         if plan.stability < STABLE:
             notes.append(
                 f"the ranking by LIM is not stable: Kendall's tau between halves of the calibration text is"
@@ -476,7 +518,7 @@ class Plan:
         return cls(plan["seed"], scores, plan["stability"], numbered(plan["bits"]))
 
 
-# ------------------------------------------------------------------------------------------------- plan and flags
+# ------------------------------------------------------------------------------------------------------ the scores
 
 
 def score_block(folder: Path, index: int, weights: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
@@ -497,65 +539,6 @@ def score_block(folder: Path, index: int, weights: dict[str, Tensor], x: Tensor,
         }
 
     cached_json(folder / f"{index}.json", make)
-
-
-def plan_bits(order: list[int], weights: dict[int, int], average: float, high: int, low: int) -> dict[int, int]:
-    """{block: width}: as few blocks of `order` as bring the average over weights down to `average` get `low`   [3.4]
-
-    Raises: UserError when all of them are not enough (some are pinned).
-    """
-    bits = dict.fromkeys(weights, high)
-    excess = (high - average) * sum(weights.values())
-    slack = 1e-9 * sum(weights.values())
-    for block in order:
-        if excess <= slack:
-            return bits
-        bits[block] = low
-        excess -= (high - low) * weights[block]
-    if excess > slack:
-        reached = average + excess / sum(weights.values())
-        raise UserError(f"--avg_bits {average}: --keep pins too many blocks, {reached:.2f} is the least; keep fewer.")
-    return bits
-
-
-def parse_levels(text: str, average: float) -> tuple[int, int]:
-    """'4,3' -> (4, 3); 'auto' -> the neighbouring widths with high > average >= low (8,6 for 8)."""
-    if text == "auto" and WIDTHS[-1] <= average <= WIDTHS[0]:
-        low = next(width for width in WIDTHS[1:] if width <= average)
-        return WIDTHS[WIDTHS.index(low) - 1], low
-    try:
-        high, low = (int(part) for part in text.split(","))
-    except ValueError:
-        high, low = (0, 0) if text != "auto" else (WIDTHS[0], WIDTHS[-1])
-    if not (high in WIDTHS and low in WIDTHS and high > low):
-        widths = ", ".join(map(str, WIDTHS))
-        raise UserError(f"--levels {text}: two different widths of {widths}, the higher first, or auto is needed.")
-    if not low <= average <= high:
-        raise UserError(f"--avg_bits {average}: widths {high} and {low} reach averages from {low} to {high} only.")
-    return high, low
-
-
-def pinned(keep: list[str], blocks: list[int]) -> set[int]:
-    """Numbers of the blocks that --keep names."""
-    names = {"first": blocks[0], "last": blocks[-1]} | {str(block): block for block in blocks}
-    for name in keep:
-        if name not in names:
-            raise UserError(f"--keep {name}: first, last or a block from {blocks[0]} to {blocks[-1]} is needed.")
-    return {names[name] for name in keep}
-
-
-def read_scores(path: str, blocks: list[int]) -> dict[int, float]:
-    """The importance of every block from a .json list."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        scores = dict(zip(blocks, map(float, values), strict=True))
-    except OSError as error:
-        raise UserError(f"--importance {path}: cannot be read ({error.strerror}).") from None
-    except (ValueError, TypeError):
-        raise UserError(f"--importance {path}: a JSON list of {len(blocks)} numbers, one a block, is needed.") from None
-    if not all(map(math.isfinite, scores.values())):
-        raise UserError(f"--importance {path}: it holds NaN or Infinity.")
-    return scores
 
 
 # --------------------------------------------------------------------------------------------------------- measuring

@@ -66,9 +66,10 @@ def write_checkpoint(
         base: folder of the base model: config.json, safetensors, tokenizer files; with `settings` and no modules, it may
             be a compressed checkpoint, whose weights then stay packed as they are.
         compression: the `compression_config`; its "modules" say which linears are packed, and how.
-        tensors: (name, tensor) of the packed tensors, in any order, read once. Everything else, biases of packed
-            linears included, is copied from the base; tied embeddings stay as the base stores them, but if the modules
-            name the head, it becomes a matrix of its own beside the table, and `tie_word_embeddings` false.
+        tensors: (name, tensor) of the packed tensors, and of any others that take the place of the base's, in any
+            order, read once. Everything else, biases of packed linears included, is copied from the base; tied
+            embeddings stay as the base stores them, but if the modules name the head, it becomes a matrix of its own
+            beside the table, and `tie_word_embeddings` false.
         dtype: torch.float32, bfloat16 or float16, of all floating-point tensors of the result.
         extra_files: {file name: content} to add, such as the card and the report.
         max_shard_bytes: size of the tensors in one weights file; a larger tensor gets a file to itself.

@@ -8,6 +8,7 @@ of the layer-wise quantisation sheet (arXiv 2406.17415).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -189,30 +190,59 @@ def gptq(
     return Quantized(codes.T.contiguous(), scales.T.contiguous(), zeros, bits)
 
 
-def awq(weight: Tensor, stats: LayerStats, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
-    """AWQ: W_hat = Q(W diag(s)) diag(1/s), the dense weight (d_out, d_in) fp32; 1/s is for the layer before to absorb.
+def awq_scales(
+    weights: list[Tensor],
+    stats: LayerStats,
+    d: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    to_inputs: Callable[[Tensor], Tensor] = lambda s: s,
+) -> Tensor:
+    """AWQ: scales s for the linears of one input, by the errors tr((W_hat - W) H (W_hat - W)^T) of their outputs together.
 
-    s_j = (mean x_j^2)^(alpha / 2), alpha of a grid on 0..1 by the error tr((W_hat - W) H (W_hat - W)^T) of the output;
-    then each group's range is clipped to x1 … x0.5 by its part of that error, as far as the diagonal of H shows it.
-    AWQ finds one s for all linears of an input; here each matrix has its own, which is a little more freedom.
+    W_hat = Q(W diag(s)) diag(1/s) with s = d^(alpha / 2), alpha of a grid on 0..1; d is the mean of x^2.
+    weights: (d_out, d_in) fp32 each. d, and the result: (d_in,), or fewer channels that to_inputs spreads over d_in.
     """
-    d = sanitize(stats.second_moment)
 
-    def scaled(alpha: float) -> Tensor:
-        s = d ** (alpha / 2)
-        return s / (s.max() * s.min()).sqrt()
+    def error(s: Tensor) -> float:
+        s = to_inputs(s)
+        return sum(
+            output_loss(rtn(weight * s, bits, group_size, symmetric, dtype).dequantize() / s - weight, stats)
+            for weight in weights
+        )
 
-    def error(w_hat: Tensor) -> float:
-        delta = w_hat - weight
-        return torch.sum(delta @ stats.hessian * delta).item()
+    d = sanitize(d)
+    powers = (d ** (step / (AWQ_GRID - 1) / 2) for step in range(AWQ_GRID))
+    return min((s / (s.max() * s.min()).sqrt() for s in powers), key=error)
 
-    scales = [scaled(step / (AWQ_GRID - 1)) for step in range(AWQ_GRID)]
-    errors = [error(rtn(weight * s, bits, group_size, symmetric, dtype).dequantize() / s) for s in scales]
-    s = scales[errors.index(min(errors))]
-    grouped = groups_of(weight * s, group_size)
-    importance = groups_of((d / s.square())[None], group_size)
+
+def awq(
+    weight: Tensor,
+    stats: LayerStats,
+    columns: Tensor,
+    rows: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> Quantized:
+    """Round-to-nearest of diag(1/rows) W diag(columns), as `folding.py` stores it: W (d_out, d_in) fp32.
+
+    Each group's range is clipped to x1 … x0.5 by its part of the error of the output, as far as the diagonal of H shows
+    it; if the whole error is larger then, no group's is.
+    """
+    scaled = weight * columns / rows[:, None]
+    plain = rtn(scaled, bits, group_size, symmetric, dtype)
+    grouped = groups_of(scaled, group_size)
+    importance = groups_of((sanitize(stats.second_moment) / columns.square())[None], group_size)
     scale, zero = search_range(grouped, bits, symmetric, dtype, importance, 2.0, AWQ_CLIPS)
     codes = to_codes(grouped, scale, 2.0 ** (bits - 1) if zero is None else zero, bits)
-    clipped = Quantized(codes.flatten(1), scale, zero, bits).dequantize() / s
-    plain = rtn(weight * s, bits, group_size, symmetric, dtype).dequantize() / s
-    return clipped if error(clipped) < min(errors) else plain
+    clipped = Quantized(codes.flatten(1), scale, zero, bits)
+    return min((plain, clipped), key=lambda q: output_loss(q.dequantize() * rows[:, None] / columns - weight, stats))
+
+
+def output_loss(delta: Tensor, stats: LayerStats) -> float:
+    """tr(delta H delta^T): the mean squared error of a linear's output whose weight is off by delta (d_out, d_in)."""
+    return torch.sum(delta @ stats.hessian * delta).item()

@@ -39,12 +39,16 @@ logger = logging.get_logger(__name__)
 @dataclass
 class Variant:
     """One compressed form of a matrix: its packed tensors, (init, final) loss if the method has one, dense weight, and
-    what config.json says of it in a checkpoint, if it can be packed."""
+    what config.json says of it in a checkpoint, if it can be packed.
+
+    folded: {"columns": (d_in,), "rows": (d_out,)} if what is packed is diag(1/rows) dense diag(columns) (folding.py).
+    """
 
     tensors: dict[str, Tensor]
     losses: tuple[float, float] | None
     dense: Tensor
     spec: dict | None = None
+    folded: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,6 +60,8 @@ class Method:
     inputs: "dense" = statistics of the dense model; "compressed" = of the blocks compressed so far (own stream);
     "sequential" = of those and of the block's own linears that come before (q, k, v, then o, gate and up, then down).
     hessian: whether `stats.hessian` is needed.
+    prepare(weights, stats), {name: weight} of a block and its `InputStatistics`, runs before the block's matrices that
+    share their statistics are compressed side by side.
     """
 
     name: str
@@ -63,6 +69,7 @@ class Method:
     inputs: str = "dense"
     hessian: bool = True
     packed: tuple[str, ...] = field(default_factory=tuple)  # variants stored packed; of the others the dense weight is
+    prepare: Callable[[dict[str, Tensor], InputStatistics], None] = lambda *_: None
 
 
 class StreamedModel:
@@ -248,6 +255,7 @@ class MatrixStore:
         for name, variant in variants.items():
             if name in method.packed:
                 tensors |= {f"{name}/{key}": tensor.contiguous().cpu() for key, tensor in variant.tensors.items()}
+                tensors |= {f"folded/{name}/{key}": tensor for key, tensor in variant.folded.items()}
                 facts[name] |= {"spec": variant.spec}
             else:
                 tensors[f"{name}/weight"] = variant.dense.to(torch.bfloat16).contiguous().cpu()
@@ -257,15 +265,25 @@ class MatrixStore:
 
     def tensors(self, method: str, module: str, variant: str) -> dict[str, Tensor]:
         """The packed tensors of one variant."""
+        return self._below(method, module, f"{variant}/")
+
+    def folded(self, method: str, module: str, variant: str) -> dict[str, Tensor]:
+        """`Variant.folded` of one variant."""
+        return self._below(method, module, f"folded/{variant}/")
+
+    def _below(self, method: str, module: str, prefix: str) -> dict[str, Tensor]:
         with safe_open(self.path(method, module), "pt") as f:
-            prefix = f"{variant}/"
             keys = [k for k in f.keys() if k.startswith(prefix)]  # noqa: SIM118
             return {k.removeprefix(prefix): f.get_tensor(k) for k in keys}
 
     def weight(self, method: str, module: str, variant: str) -> Tensor:
-        """The dense weight of one variant: what a packed one multiplies out to, fp32; otherwise as stored, bf16."""
+        """The dense weight of one variant, in the place of the base model's: what a packed one multiplies out to, fp32,
+        with what is folded undone; otherwise as stored, bf16."""
         tensors, spec = self.tensors(method, module, variant), self.facts(method, module)[variant].get("spec")
-        return dense_weight(module, spec, tensors) if spec else tensors["weight"]
+        if not spec:
+            return tensors["weight"]
+        weight, folded = dense_weight(module, spec, tensors), self.folded(method, module, variant)
+        return weight * folded["rows"][:, None] / folded["columns"] if folded else weight
 
     def facts(self, method: str, module: str) -> dict[str, dict]:
         """variant -> {loss_init, loss_final, output_error, seconds, and of a packed one spec}."""
@@ -347,6 +365,8 @@ def compress_blocks(
                     part = {name: linears[name] for name in group}
                     stats, _ = _statistics(block, part, streams[method.name], kwargs, batch, store, [method])
                 mine = [name for name in group[rank::world] if not store.has(method.name, name)]
+                if mine:
+                    method.prepare(weights, stats)
                 _compress(method, mine, weights, stats, store, workers)
                 barrier()
                 for name in group if own else ():

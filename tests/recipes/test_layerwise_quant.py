@@ -342,7 +342,7 @@ def test_killed_and_resumed_gives_the_same_weights_and_report(base, finished, tm
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"importance": "sensitivity", "backend": "rtn"}, None),
+        ({"importance": "sensitivity", "backend": "awq"}, None),
         ({"importance": "file", "backend": "hqq", "keep": "first"}, None),
         ({"symmetric": "", "avg_bits": 2.6, "group_size": -1, "levels": "4,2", "scale_search": ""}, None),
     ],

@@ -154,6 +154,14 @@ def test_ties_stay_as_in_the_base(tmp_path):
         assert_same_logits(logits(model), logits(packing.dense))
 
 
+def test_tensors_may_take_the_place_of_the_bases(packing, tmp_path):
+    norm = torch.linspace(0.5, 2, 64)
+    folder = packing.write(tmp_path / "slim", tensors=[*packing.tensors.items(), ("model.norm.weight", norm)])
+    before, after = load(packing.write(tmp_path / "plain")).state_dict(), load(folder).state_dict()
+    assert torch.equal(after["model.norm.weight"], norm)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"model.norm.weight"}
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])  # tied, untied, tied by default
 def test_a_packed_head_is_a_matrix_of_its_own(family, tmp_path):
     """The table stays, sizes compare with the dense model as it was."""
