@@ -9,6 +9,7 @@ python app.py [--checkpoint FOLDER|HUB_ID] [--dense FOLDER|HUB_ID]
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,8 @@ class Mixtures:
         self.recipe.check()
         self.weights = dict.fromkeys(self.own_bits, 0)
         for name, row in self.rows():
-            self.weights[block_of(name)] += row["d_out"] * row["d_in"]
+            if block_of(name) in self.weights:
+                self.weights[block_of(name)] += row["d_out"] * row["d_in"]
         self.recipe.blocks, self.recipe.kept = list(self.weights), pinned(self.recipe.keep, list(self.weights))
         scores = {}
         for block in self.report["importance"]["blocks"]:
@@ -65,7 +67,7 @@ class Mixtures:
 
     def bytes(self, bits: dict[int, int]) -> int:
         """Of the whole checkpoint with these widths: the packed matrices, and all else in bf16."""
-        packed = sum(layer_bytes(row | {"bits": bits[block_of(name)]}, 2) for name, row in self.rows())
+        packed = sum(layer_bytes(row | {"bits": bits.get(block_of(name), row["bits"])}, 2) for name, row in self.rows())
         return packed + self.report["size"]["compressed_bytes"] - sum(layer_bytes(row, 2) for _, row in self.rows())
 
     @torch.no_grad()
@@ -75,8 +77,13 @@ class Mixtures:
             return self.own
         if self.latest[0] != average:
             bits = self.bits(average)
-            model = AutoModelForCausalLM.from_config(self.dense.config, dtype=torch.bfloat16)
-            specs = {n: spec | {"zeros": "integer", "bits": bits[block_of(n)]} for n, spec in self.modules.items()}
+            config = copy.deepcopy(self.dense.config)
+            config.tie_word_embeddings &= "lm_head" not in self.modules
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            specs = {
+                name: spec | {"zeros": "integer", "bits": bits.get(block_of(name), spec["bits"])}
+                for name, spec in self.modules.items()
+            }
             pack_layers(model, specs)
             rounded = {}
             for name, spec in specs.items():
@@ -91,9 +98,9 @@ class Mixtures:
         return self.latest[1]
 
 
-def block_of(name: str) -> int:
-    """The number of the decoder block in a module's name."""
-    return int(name.split(".layers.")[1].split(".")[0])
+def block_of(name: str) -> int | None:
+    """The number of the decoder block in a module's name; None for the head."""
+    return int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else None
 
 
 def describe(mixtures: Mixtures, average: float) -> str:

@@ -23,6 +23,8 @@ SMALL = [
     "none",
     "--curve_points",
     "1",
+    "--head_bits",
+    "6",
 ]
 
 
