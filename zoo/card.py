@@ -160,10 +160,14 @@ def card_metadata(report: dict, method: dict, name: str, repo_id: str | None) ->
 
 
 def metric_source(report: dict, key: str) -> tuple[str, dict]:
-    """("perplexity", the row of `data.evaluation`) of the metric "perplexity/A"; "test" has those of image models."""
+    """("perplexity", the row of `data.evaluation`) of the metric "perplexity/A"; without a place, as of image models, the
+    row of its kind or "test".
+    """
     kind, _, where = key.partition("/")
     evaluation = report["data"]["evaluation"]
-    data = evaluation.get(where) or evaluation.get("tasks", {}).get(where) or evaluation.get("test")
+    data = (
+        evaluation.get(where) or evaluation.get("tasks", {}).get(where) or evaluation.get(kind, evaluation.get("test"))
+    )
     if data is None:
         raise UserError(f"report: data.evaluation does not describe {where!r}, on which {key} was measured.")
     return kind, data

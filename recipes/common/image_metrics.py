@@ -23,7 +23,8 @@ from recipes.common.runner import module_seed
 from zoo.errors import UserError
 
 DETECTION = ("auroc", "fpr95", "auroc_energy", "fpr95_energy")  # once for every set of foreign images
-METRICS = ("accuracy", "nll", "brier", "ece", "ece_scaled", *DETECTION, "fgsm", "pgd")  # accuracy brings top5 along
+ATTACKS = ("fgsm", "pgd")  # on some of the test images
+METRICS = ("accuracy", "nll", "brier", "ece", "ece_scaled", *DETECTION, *ATTACKS)  # accuracy brings top5 along
 SYNTHETIC = ("inverted", "uniform", "gaussian")  # foreign images made of the test images, or of nothing
 ECE_BINS = 15
 EPSILON, STEP, STEPS = 8 / 255, 2 / 255, 10  # of the attacks, in pixel space; STEP and STEPS are PGD's
@@ -72,7 +73,7 @@ def measure_images(
         metrics["ece_scaled"] = metric(scaled, None, len(test), "items", higher_is_better=False)
     if any(kind in DETECTION for kind in which):
         metrics |= _measure_detection(model, which, test, logits, foreign_sets(data), batch_size, seed)
-    for attack in ("fgsm", "pgd"):
+    for attack in ATTACKS:
         if attack in which:
             metrics[attack] = _mean(survives(model, test, attack, batch_size=batch_size, items=attacked, seed=seed))
     return metrics
@@ -86,10 +87,12 @@ def check_metrics(which: list[str]) -> None:
 
 
 def evaluation_rows(data: ImageData, metrics: dict[str, dict]) -> dict[str, dict]:
-    """`data.evaluation` of a report: the test images, and every set of foreign images that `metrics` name."""
+    """`data.evaluation` of a report: the test images, those that were attacked, and every set of foreign images."""
     rows = {"test": data.row("test")}
     for key, m in metrics.items():
         where = key.partition("/")[2]
+        if key in ATTACKS:
+            rows[key] = data.row("test", m["n"])
         if where == "inverted":
             rows[where] = data.row("test") | {"name": f"{data.name}, inverted"}
         elif where in SYNTHETIC:

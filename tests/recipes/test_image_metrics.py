@@ -398,12 +398,12 @@ def test_no_top_5_of_ten_classes(data, processor):
 
 def test_a_report_describes_every_set_and_titles_every_metric(measured, data):
     rows = evaluation_rows(data, measured)
-    assert list(rows) == ["test", *foreign_sets(data)]
+    assert list(rows) == ["test", *foreign_sets(data), "fgsm", "pgd"]
     report = {"data": {"evaluation": rows}}
     for key in measured:
         kind, row = metric_source(report, key)
-        assert row["items"] == (2000 if "cifar10" in key else 200)
-        assert row is rows[key.partition("/")[2] or "test"]
+        assert row["items"] == measured[key]["n"]
+        assert row is rows[key.partition("/")[2] or (key if key in ("fgsm", "pgd") else "test")]
     assert rows["inverted"]["name"] == f"{data.name}, inverted" and rows["uniform"]["sha256"] is None
     titles = [metric_title(key) for key in measured]
     assert len(set(titles)) == len(titles)
