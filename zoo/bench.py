@@ -38,7 +38,7 @@ from transformers import (
 from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from .cache import ATTENTION, CACHE
+from .cache import ATTENTION, CACHE, KVTunerCache
 from .kernels.armor_linear import armor_linear
 from .kernels.bitmask_linear import bitmask_linear
 from .kernels.bitmask_linear.reference import pack_bitmask
@@ -66,6 +66,19 @@ KV_FORMATS = [  # name, (key bits, value bits), keys by channel
 ]
 VIT_SHAPES = [(768, 768), (3072, 768), (768, 3072)]  # ViT-B: projections, fc1, fc2
 VIT_TOKENS = (1, 8, 197, 8 * 197)  # the last two: one image of 224 x 224, and eight
+CACHES = {  # of a whole model: (mode, widths) of every layer, or the layer class of transformers' own; None = 16 bits
+    "16 bits": None,
+    "KV8": ("per_token", [8, 8]),
+    "KV4": ("per_token", [4, 4]),
+    "K4V2": ("per_token", [4, 2]),
+    "KV2": ("per_token", [2, 2]),
+    "KIVI 8": ("kivi", [8, 8]),
+    "KIVI 4": ("kivi", [4, 4]),
+    "KIVI 2": ("kivi", [2, 2]),
+    "quanto 4": QuantoQuantizedLayer if is_optimum_quanto_available() else ...,
+    "HQQ 4": HQQQuantizedLayer if is_hqq_available() else ...,
+}
+CONTEXT = 16384  # tokens in those caches
 KV_BATCHES = [(1, 8192), (1, 32768), (8, 8192)]
 CACHE_BYTES = 128 << 20  # more than any last-level cache the copies could hide in
 READ_BYTES = 128 << 20
@@ -420,6 +433,56 @@ def run_model(kind: str, new_tokens: int, repeats: int, compiled: bool = False) 
     }
 
 
+def run_cache(kind: str, tokens: int, new_tokens: int) -> dict:
+    """Seconds per decoded token of the dense bf16 model after `tokens` random keys and values, and the peak memory."""
+    config, made = copy.deepcopy(ONE_B), CACHES[kind]
+    config.max_position_embeddings = tokens + new_tokens + 32
+    model, layers = build_model("dense_bf16"), config.num_hidden_layers
+    if made is None:
+        cache = DynamicCache()
+    elif isinstance(made, tuple):
+        mode, pair = made
+        form = {"group_size": 32, "residual_length": 32} if mode == "kivi" else {"group_size": -1, "residual_length": 0}
+        table = {"mode": mode, **form, "prefill": "exact", "layers": [pair] * layers}
+        cache = KVTunerCache.from_config(config, {"method": "kvtuner", "version": 1, "scale_dtype": "float16"} | table)
+        model.set_attn_implementation(ATTENTION)
+    else:
+        cache = Cache(layers=[made(nbits=4, q_group_size=64) for _ in range(layers)])
+    heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    with torch.inference_mode():
+        for layer in range(layers):
+            cache.update(*torch.randn(2, 1, heads, tokens, size).bfloat16(), layer)
+        seconds = []
+        for place in range(tokens, tokens + new_tokens):
+            token, begin = torch.randint(0, 32000, (1, 1)), time.perf_counter()
+            model(token, use_cache=True, position_ids=torch.tensor([[place]]), **{CACHE: cache})
+            seconds.append(time.perf_counter() - begin)
+    return {"decode": statistics.median(seconds), "peak_rss": peak_memory()}
+
+
+def bench_caches(quick: bool) -> list[dict]:
+    """Rows for a whole model on every cache that is there, each in a process of its own, against a cache of 16 bits."""
+    found, tokens = {}, CONTEXT // 8 if quick else CONTEXT
+    for kind in [kind for kind, made in CACHES.items() if made is not ...]:
+        command = [sys.executable, "-m", "zoo.bench", "--cache", kind, "--context", str(tokens)]
+        found[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"1 B model in bf16 after {tokens} tokens:")
+    rows = []
+    for kind, run in found.items():
+        ratio = found["16 bits"]["decode"] / run["decode"]
+        row = {
+            "op": f"1 B model, cache {kind}",
+            "shape": [ONE_B.num_hidden_layers, tokens],
+            "dtype": "bfloat16",
+            "batch": 1,
+        }
+        rows.append(row | {"seconds": run["decode"], "peak_rss_bytes": run["peak_rss"], "ratio_to": {"16 bits": ratio}})
+        print(
+            f"{kind:12}{1 / run['decode']:7.1f} tokens/s {ratio:6.2f}x   peak memory {run['peak_rss'] / 2**30:.2f} GiB"
+        )
+    return rows
+
+
 def peak_memory() -> int:
     """Bytes of resident memory at most so far. Linux's ru_maxrss would begin at what the parent process had."""
     status = Path("/proc/self/status")
@@ -465,14 +528,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats: figures are rough")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     parser.add_argument(
-        "--only", choices=["linear", "block_sparse", "attention", "model"], help="one part (default: all)"
+        "--only", choices=["linear", "block_sparse", "attention", "caches", "model"], help="one part (default: all)"
     )
     parser.add_argument("--model", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, default=24, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", choices=CACHES, help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, default=CONTEXT, help=argparse.SUPPRESS)
     parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.model:
         print(json.dumps(run_model(flags.model, flags.tokens, repeats=3, compiled=flags.compiled)))
+        return
+    if flags.cache:
+        print(json.dumps(run_cache(flags.cache, flags.context, new_tokens=8)))
         return
     print(f"{torch.get_num_threads()} threads, {LEVELS[level()]}")
     print(f"{'op':32}{'shape':>14}{'batch':>7}{'GB/s':>7}{'of bound':>10}   speed against its peers")
@@ -498,6 +566,8 @@ def main() -> None:
     if flags.only in (None, "attention"):
         for batch, tokens in KV_BATCHES:
             add(bench_attention(batch, tokens, 3 if flags.quick else 15))
+    if flags.only in (None, "caches"):
+        rows += bench_caches(flags.quick)
     if flags.only in (None, "model"):
         add(bench_model(flags.quick))
         for row in rows[-2 * len(KINDS[2:]) :]:
