@@ -99,6 +99,7 @@ def test_bytes_a_token_of_smollm2():
 # --------------------------------------------------------------------------------------------------- pruning, clustering
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=9, max_size=9))
 def test_pruning_keeps_what_nothing_beats(errors):
     row = {pair: float(error) for pair, error in zip(PAIRS, errors, strict=True)}
@@ -200,6 +201,7 @@ def test_knapsack_is_the_optimum(case):
     assert found in choices and total(found) == min(map(total, choices))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_front_and_hypervolume_by_counting(points):
     points = [(float(a), float(b)) for a, b in points]
@@ -284,6 +286,7 @@ def test_9_pruning_and_grouping_pay_at_a_small_budget():
     assert volumes[0] > volumes[1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=14), st.integers(1, 6))
 def test_ranks_are_those_of_non_dominated_sorting(points, limit):
     """Front n + 1 is what no member outside fronts 0..n dominates; in a front the ends come first."""
