@@ -253,7 +253,7 @@ def test_pgd_does_not_get_weaker_with_epsilon_and_is_no_weaker_than_fgsm(model, 
     robust = [accuracy(model, test_images, "pgd", epsilon) for epsilon in strengths]
     assert all(later <= earlier + 0.005 for earlier, later in zip(robust, robust[1:], strict=False))
     for found, epsilon in zip(robust, strengths, strict=True):
-        assert found <= accuracy(model, test_images, "fgsm", epsilon) + 0.005  # as between strengths: half a point
+        assert found <= accuracy(model, test_images, "fgsm", epsilon) + 0.0051  # one image of 200, as between strengths
     assert robust[-1] < accuracy(model, test_images, "fgsm", 0.0) - 0.2
 
 
