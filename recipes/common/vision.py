@@ -197,6 +197,10 @@ class VisionRecipe(Recipe):
         variants, settings = self.chosen(), self.settings()
         seeds = list(range(self.seed, self.seed + self.seeds))
         run = VisionRun(self, data, self.state_path, seeds, settings, processes)
+        if self.keeps_dense and self.dense_path.exists() and not (self.overwrite or self.resume):
+            raise UserError(
+                f"{self.dense_path}: it exists, and the dense model goes there; pass --overwrite to replace it."
+            )
         if processes.rank == 0:
             check_resources(*self.needs(run, variants), self.output_path.absolute())
             pin_inputs(open_state(self), images=data.sha256 or data.version or "")
@@ -272,12 +276,15 @@ class VisionRecipe(Recipe):
             print(publish(self.output_path, self.push_to_hub))
         return self.output_path
 
+    @property
+    def dense_path(self) -> Path:
+        return self.output_path.with_name(f"{self.output_path.name}-dense")
+
     def keep_dense(self, run: VisionRun) -> None:
         """<output>-dense: the dense model of the first seed, which nobody could get elsewhere."""
-        place = self.output_path.with_name(f"{self.output_path.name}-dense")
-        if place.exists():
-            shutil.rmtree(place)
-        save_checkpoint(place, run.trained("dense", run.seeds[0]), processor=run.processor, extra_files={})
+        if self.dense_path.exists():
+            shutil.rmtree(self.dense_path)
+        save_checkpoint(self.dense_path, run.trained("dense", run.seeds[0]), processor=run.processor, extra_files={})
 
 
 @dataclass

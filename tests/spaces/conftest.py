@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "zoo"))
+CHANNELS = ("red", "green", "blue")  # and classes of the painted images
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
@@ -56,6 +59,17 @@ def run_recipe(recipe: str, *flags: str | Path) -> None:
     command = [sys.executable, "-m", "recipes", recipe, *map(str, flags)]
     process = subprocess.run(command, env=os.environ | OFFLINE, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def paint(folder: Path, count: int) -> None:
+    """Images of one bright channel, which names the class."""
+    generator = torch.Generator().manual_seed(0)
+    for channel, name in enumerate(CHANNELS):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = torch.randint(0, 90, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{index}.png")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import run_recipe, served
+from conftest import CHANNELS, paint, run_recipe, served
 from PIL import Image
 from playwright.sync_api import expect
 from transformers import ConvNextImageProcessorPil, ViTConfig, ViTForImageClassification
@@ -24,18 +24,6 @@ SMALL = [
     "--densities",
     "1",
 ]
-NAMES = ("red", "green", "blue")
-
-
-def paint(folder, count):
-    """Images of one bright channel, which names the class."""
-    generator = torch.Generator().manual_seed(0)
-    for channel, name in enumerate(NAMES):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            pixels = torch.randint(0, 90, (16, 16, 3), generator=generator, dtype=torch.uint8)
-            pixels[..., channel] += 120
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{index}.png")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +33,7 @@ def checkpoint(tmp_path_factory):
     paint(root / "images" / "test", 4)
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ViTConfig(**shape, image_size=16, patch_size=4, id2label=dict(enumerate(sorted(NAMES))))
+    config = ViTConfig(**shape, image_size=16, patch_size=4, id2label=dict(enumerate(sorted(CHANNELS))))
     ViTForImageClassification(config).save_pretrained(root / "base")
     ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=1.0).save_pretrained(root / "base")
     flags = ["--model", root / "base", "--dataset", root / "images", "--output", root / "pruned", "--baselines", "none"]
@@ -68,7 +56,7 @@ def test_both_models_answer_an_image(page, tmp_path):
     send(page, tmp_path / "red.png")
     for name in ("dense", "pruned"):
         expect(page.locator(f"#{name}-time")).to_contain_text(re.compile(r"\d ms"), timeout=60000)
-        expect(page.locator(f"#{name}")).to_contain_text(re.compile("|".join(NAMES)))
+        expect(page.locator(f"#{name}")).to_contain_text(re.compile("|".join(CHANNELS)))
 
 
 def test_blocks_and_costs_are_shown(page, checkpoint):

@@ -3,8 +3,7 @@
 import re
 
 import pytest
-import torch
-from conftest import run_recipe, served
+from conftest import paint, run_recipe, served
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -13,17 +12,6 @@ FLAGS = {
     "random-pruning": ["--model", "resnet-8-4", "--density", "0.3", "--more_densities", "0", "--more_models", "none"],
     "precropping": ["--model", "resnet-8-8"],
 }
-
-
-def paint(folder, count):
-    """Images of one bright channel, which names the class."""
-    generator = torch.Generator().manual_seed(0)
-    for channel, name in enumerate(("red", "green", "blue")):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            pixels = torch.randint(0, 90, (16, 16, 3), generator=generator, dtype=torch.uint8)
-            pixels[..., channel] += 120
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{index}.png")
 
 
 @pytest.fixture(scope="module")
