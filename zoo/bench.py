@@ -435,9 +435,9 @@ def run_model(kind: str, new_tokens: int, repeats: int, compiled: bool = False) 
 
 def run_cache(kind: str, tokens: int, new_tokens: int) -> dict:
     """Seconds per decoded token of the dense bf16 model after `tokens` random keys and values, and the peak memory."""
-    config, made = copy.deepcopy(ONE_B), CACHES[kind]
-    config.max_position_embeddings = tokens + new_tokens + 32
-    model, layers = build_model("dense_bf16"), config.num_hidden_layers
+    model, made = build_model("dense_bf16"), CACHES[kind]
+    config = model.config  # the cache asks it which attention function reads what it hands out
+    layers = config.num_hidden_layers
     if made is None:
         cache = DynamicCache()
     elif isinstance(made, tuple):
