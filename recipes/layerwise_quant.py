@@ -31,13 +31,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from recipes.common.bit_claims import claims_table
 from recipes.common.bit_plans import WIDTHS, parse_levels, pinned, plan_bits, read_scores
 from recipes.common.data import calibration_windows
 from recipes.common.folding import Fold, block_scales, folds_of, sources
 from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
 from recipes.common.layerwise import LayerwiseRecipe, Run, load_fp32
 from recipes.common.plots import layer_index
-from recipes.common.pruners import LayerStats
+from recipes.common.pruners import LayerStats, sparsegpt
 from recipes.common.quantizers import Quantized, awq, awq_scales, gptq, hqq, rtn
 from recipes.common.runner import cached_json
 from recipes.common.streaming import InputStatistics, MatrixStore, Method, Variant
@@ -53,6 +54,7 @@ RANDOM_ORDERS = 3
 SENSITIVITY_TOKENS = 4096
 STABLE = 0.9  # Kendall's tau between two halves of the text that LIM should reach (section 3.1)
 HEAD_ROWS = 8192  # of the head that are quantised at once
+PRUNED_GROUP = 64  # weights of which the rival of equal bytes keeps the same number everywhere, unless it must be fewer
 GPTQ_TOKENS = 20  # calibration tokens per input feature below which GPTQ may lose to rounding (section 6)
 
 
@@ -271,7 +273,29 @@ class LayerwiseQuant(LayerwiseRecipe):
             prepare = self.preparation(backend, lambda block: (self.bits[block],))
             return Method(backend, compress, self.inputs(backend), packed=(backend,), **prepare)
 
-        return [method(name) for name in BACKENDS if name != self.backend and not (self.symmetric and name == "hqq")]
+        rivals = [name for name in BACKENDS if name != self.backend and not (self.symmetric and name == "hqq")]
+        return [
+            *map(method, rivals),
+            *([Method("pruned", self.prune, self.inputs("gptq"))] if self.can_prune() else []),
+        ]
+
+    def sparse_row(self, row: dict) -> dict:
+        """In place of a packed matrix one of 16-bit weights and a bitmask in as many bytes: N of every M, M = 64 or less."""
+        size, itemsize = row["d_out"] * row["d_in"], getattr(torch, self.dtype).itemsize
+        m = math.gcd(row["d_in"], PRUNED_GROUP)
+        n = int(m * (layer_bytes(row, itemsize) / size - 1 / 8) / itemsize)
+        return {"d_out": row["d_out"], "d_in": row["d_in"], "pattern": (n, m)}
+
+    def can_prune(self) -> bool:
+        """Whether the bytes of the low width hold any weight at all in a sparse matrix."""
+        low = self.rows(dict.fromkeys(self.blocks, self.low), self.backend)
+        return all(self.sparse_row(row)["pattern"][0] > 0 for row in low)
+
+    def prune(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+        """SparseGPT in place of fewer bits: one matrix in as many bytes."""
+        d_out, d_in = weight.shape
+        packed = {"d_out": d_out, "d_in": d_in} | self.spec(self.backend, self.bits[layer_index(name, 0)])
+        return {"pruned": Variant({}, None, sparsegpt(weight, stats, self.sparse_row(packed)["pattern"]))}
 
     # ---------------------------------------------------------------------------------------------- the two passes
 
@@ -359,7 +383,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         for name in self.chosen_baselines():
             for seed in run.seeds:
                 plan = Plan.read(run.store(seed))
-                if name in BACKENDS:
+                if name in (*BACKENDS, "pruned"):
                     variants = dict.fromkeys(self.blocks, name)
                     metrics = run.measure(f"{name}-{seed}", partial(load_mixture, run, run.store(seed), name, variants))
                 else:
@@ -419,9 +443,11 @@ class LayerwiseQuant(LayerwiseRecipe):
         plan, rows = Plan.read(store), {}
         head = [row for row in self.layer_rows(modules, store) if row["name"] == HEAD]
         for name in names:
-            quantiser = name in self.zeros
-            bits = plan.bits if quantiser else self.mixtures(name, plan)[0]
-            rows[name] = self.rows(bits, name if quantiser else self.backend) + head
+            bits = plan.bits if name in (*BACKENDS, "pruned") else self.mixtures(name, plan)[0]
+            rows[name] = self.rows(bits, name if name in BACKENDS else self.backend)
+            if name == "pruned":
+                rows[name] = [self.sparse_row(row) for row in rows[name]]
+            rows[name] += head
         return rows
 
     def packed_tensors(self, modules: dict[str, nn.Linear], store: MatrixStore) -> Iterator[tuple[str, Tensor]]:
@@ -455,6 +481,12 @@ class LayerwiseQuant(LayerwiseRecipe):
         if self.curve_points:
             names = [self.own_order, *(name for name in self.chosen_baselines() if name in self.orders())]
             found["curves"] = {name: self.curve(run, plan, name) for name in names}
+            lowered = sum(bits == self.low for bits in plan.bits.values())
+            rivals = {
+                name: rows[0] for name, rows in self.measure_baselines(run).items() if name in ("dropped", "pruned")
+            }
+            claims = claims_table(found["curves"], self.own_order, lowered, rivals, self.backend)
+            found["tables"] = {"The paper's claims": claims}
         return found
 
     def curve(self, run: Run, plan: Plan, name: str) -> list[dict]:

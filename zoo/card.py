@@ -486,15 +486,17 @@ def cache_evidence(report: dict) -> str:
 
 
 def curve_table(report: dict) -> str:
-    """The first metric of every order, by average bits."""
+    """Every metric of every order, by average bits."""
     curves = report["curves"]
-    key = next(iter(report["compressed"]))
     bits = sorted({point["bits"] for points in curves.values() for point in points}, reverse=True)
-    rows = []
-    for order, points in curves.items():
-        shown = {point["bits"]: format_metric(point["metrics"][key]) for point in points}
-        rows.append([order, *(shown.get(b, "") for b in bits)])
-    return table([f"{metric_title(key)} by average bits, order", *(f"{b:.2f}" for b in bits)], rows)
+    tables = []
+    for key in report["compressed"]:
+        rows = []
+        for order, points in curves.items():
+            shown = {point["bits"]: format_metric(point["metrics"][key]) for point in points}
+            rows.append([order, *(shown.get(b, "") for b in bits)])
+        tables.append(table([f"{metric_title(key)} by average bits, order", *(f"{b:.2f}" for b in bits)], rows))
+    return "\n\n".join(tables)
 
 
 def sweep_table(title: str, sweep: dict) -> str:

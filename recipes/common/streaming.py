@@ -183,6 +183,10 @@ def run_block(block: nn.Module, hidden: Tensor, kwargs: dict, batch: int) -> Ten
     return out
 
 
+class _AllReached(Exception):
+    """Ends a forward pass of which the rest is not needed."""
+
+
 class InputStatistics:
     """Accumulates x x^T (or x^2 only) of the inputs of the named linears; linears that share an input share the sums."""
 
@@ -196,15 +200,25 @@ class InputStatistics:
         for start in range(0, len(hidden), batch):
             part = slice(start, start + batch)
             out[part], inputs = self._inputs(hidden[part], kwargs)
-            for name, x in inputs.items():
-                if name not in self.sums:
-                    self.sums[name] = StatsAccumulator(x.shape[-1], hessian=self.hessian)
-                self.sums[name].add(x)
+            self._add(inputs)
         return out
 
-    def _inputs(self, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """One batch through the block: its output, and the input of every group of linears under its leader's name."""
+    def collect(self, hidden: Tensor, kwargs: dict, batch: int) -> None:
+        """As `run`, but the block runs only as far as its last linear of interest."""
+        for part in hidden.split(batch):
+            self._add(self._inputs(part, kwargs, stop=True)[1])
+
+    def _add(self, inputs: dict[str, Tensor]) -> None:
+        for name, x in inputs.items():
+            if name not in self.sums:
+                self.sums[name] = StatsAccumulator(x.shape[-1], hessian=self.hessian)
+            self.sums[name].add(x)
+
+    def _inputs(self, hidden: Tensor, kwargs: dict, stop: bool = False) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """One batch through the block: its output (None when it was stopped once all linears had been reached), and the
+        input of every group of linears under its leader's name."""
         seen: dict[str, Tensor] = {}
+        reached: set[str] = set()
 
         def hook(name: str):
             def record(_, args):
@@ -213,12 +227,17 @@ class InputStatistics:
                     self.leader[name] = next((other for other, y in seen.items() if y is x), name)
                 if self.leader[name] == name:
                     seen[name] = x
+                reached.add(name)
+                if stop and len(reached) == len(self.linears):
+                    raise _AllReached
 
             return record
 
         handles = [module.register_forward_pre_hook(hook(name)) for name, module in self.linears.items()]
         try:
             result = self.block(hidden, **kwargs)
+        except _AllReached:
+            return None, seen
         finally:
             for handle in handles:
                 handle.remove()
@@ -363,7 +382,8 @@ def compress_blocks(
             for group in groups:
                 if own and not all(store.has(method.name, name) for name in group):
                     part = {name: linears[name] for name in group}
-                    stats, _ = _statistics(block, part, streams[method.name], kwargs, batch, store, [method])
+                    stats = InputStatistics(block, part, hessian=method.hessian)
+                    stats.collect(streams[method.name], kwargs, batch)
                 mine = [name for name in group[rank::world] if not store.has(method.name, name)]
                 if mine:
                     method.prepare(weights, stats)

@@ -24,7 +24,7 @@ from recipes.common.importance import block_damage, kendall_tau, least_first, li
 from recipes.common.layerwise import held_out_windows, measure_model
 from recipes.common.quantizers import rtn
 from recipes.common.runner import main, parse
-from recipes.common.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks
+from recipes.common.streaming import InputStatistics, MatrixStore, Method, StreamedModel, Variant, compress_blocks
 from recipes.layerwise_quant import LayerwiseQuant, mean_of_runs, parse_levels, plan_bits, score_block
 from zoo.errors import UserError
 from zoo.verify import verify
@@ -193,6 +193,24 @@ def test_mean_of_runs():
 # --------------------------------------------------------------------------------------- the order of work in a block
 
 
+def test_statistics_stop_at_the_last_linear_of_interest(tmp_path):
+    """…and are those of the whole forward pass."""
+    model = StreamedModel(make_base(tmp_path / "base", "llama"))
+    hidden = model.embed(IDS, batch=4)
+    block, reached = model.load_block(0), []
+    block.mlp.register_forward_hook(lambda *_: reached.append(1))
+    some = {name: module for name, module in model.linears(0).items() if "q_proj" in name or "o_proj" in name}
+    whole, short = InputStatistics(block, some, hessian=True), InputStatistics(block, some, hessian=True)
+    with torch.no_grad():
+        whole.run(hidden, model.kwargs[0], 4)
+        assert reached and reached.clear() is None
+        short.collect(hidden, model.kwargs[0], 4)
+    assert not reached
+    for name in some:
+        assert torch.equal(whole.stats(name).hessian, short.stats(name).hessian)
+        assert whole.stats(name).tokens == short.stats(name).tokens == IDS.numel()
+
+
 @pytest.mark.parametrize("inputs", ["dense", "compressed", "sequential"])
 def test_statistics_are_of_what_is_quantised_already(tmp_path, inputs):
     """v_proj is compressed to zero in block 0: only "sequential" sees o_proj's inputs vanish, others see them later."""
@@ -283,7 +301,7 @@ def test_10_end_to_end(finished):
     assert {int(b) for b, bits in widths.items() if bits == 3} == set(sorted(lims, key=lims.get)[:2])
     orders = {"lim", "reversed", "zd", "sensitivity", "random", "depth", "ends"}
     assert set(report["curves"]) == orders
-    assert set(report["baselines"]) == orders | {"4-bit", "3-bit", "dropped", "rtn", "hqq", "awq"}
+    assert set(report["baselines"]) == orders | {"4-bit", "3-bit", "dropped", "rtn", "hqq", "awq", "pruned"}
     for points in report["curves"].values():
         assert [point["lowered"] for point in points] == [0, 2, 4]
         assert [point["bits"] for point in points] == [4, 3.5, 3]
@@ -293,6 +311,11 @@ def test_10_end_to_end(finished):
         )
     assert report["size"]["baselines"]["lim"] == report["size"]["compressed_bytes"]
     assert report["size"]["baselines"]["dropped"] <= report["size"]["compressed_bytes"]
+    assert 0.9 < report["size"]["baselines"]["pruned"] / report["size"]["compressed_bytes"] <= 1
+    claims = report["tables"]["The paper's claims"]["rows"]
+    assert [row[0][:3] for row in claims] == ["(a)", "(b)", "(c)", "(d)"] and claims[0][0] in (
+        output / "README.md"
+    ).read_text()
     assert (output / "plots" / "curves.png").exists() and "plots/curves.png" in (output / "README.md").read_text()
     honest = run([sys.executable, "-m", "recipes", "verify", str(output)])
     assert honest.returncode == 0, honest.stdout + honest.stderr
