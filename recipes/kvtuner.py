@@ -40,13 +40,12 @@ from transformers import AutoConfig, AutoTokenizer
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, check_finite, open_tensors, resolve_model
 from recipes.common.data import Text, calibration_windows, load_text
-from recipes.common.evaluation import check_tasks, perplexity, run_tasks
+from recipes.common.evaluation import check_tasks, over_runs, perplexity, run_tasks
 from recipes.common.kv_allocation import Group, cluster, pareto_pairs, print_layers, singles
 from recipes.common.kv_measure import (
     cache_findings,
     measure_cache,
     measure_cache_speed,
-    over_runs,
     packed_layers,
     remeasure,
 )

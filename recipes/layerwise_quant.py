@@ -6,7 +6,8 @@ For decoder blocks i = 1..L with N_i linear weights each, widths h > l and a tar
        ZD_i  = |{w : (w - mu_i) / sigma_i > 1}| / N_i    over all linear weights of the block, no data
        sensitivity_i = mean_t KL(p_t || p_t with block i alone at l bits)                        ours, not the paper's
     2. order: least important first, that is by rising LIM or sensitivity, by falling ZD; of equals the later block
-    3. the first k blocks of the order get l, the others h, with the smallest k that brings sum N_i b_i / sum N_i to b
+    3. the first k blocks of the order get l, the others h, with the smallest k that brings sum N_i b_i / sum N_i to b;
+       of three widths (ours) the two cuts that meet b with the least loss on calibration text that nothing else has seen
     4. every linear of block i is quantised to b_i bits by RTN, HQQ, GPTQ or AWQ, in groups along its inputs; on demand the
        output head to bits of its own, by RTN, which do not count in b
 
@@ -26,16 +27,16 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from recipes.common.bit_claims import claims_table
-from recipes.common.bit_plans import WIDTHS, parse_levels, pinned, plan_bits, read_scores
+from recipes.common.bit_plans import WIDTHS, cut_plans, parse_levels, pinned, read_scores, step_down
 from recipes.common.data import calibration_windows
+from recipes.common.evaluation import over_runs, perplexity
 from recipes.common.folding import Fold, block_scales, folds_of, sources
-from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
+from recipes.common.importance import block_damage, kendall_tau, least_first, score_block
 from recipes.common.layerwise import LayerwiseRecipe, Run, load_fp32
 from recipes.common.plots import layer_index
 from recipes.common.pruners import LayerStats, sparsegpt
@@ -76,7 +77,10 @@ class LayerwiseQuant(LayerwiseRecipe):
     avg_bits: float = field(default=3.5, metadata={"help": "average bits of the quantised weights, 1..8"})
     levels: str = field(
         default="auto",
-        metadata={"help": f"'high,low' of {', '.join(map(str, WIDTHS))}; auto: the closest around --avg_bits"},
+        metadata={
+            "help": f"'high,low' or 'high,middle,low' of {', '.join(map(str, WIDTHS))}; auto: the closest two around"
+            " --avg_bits"
+        },
     )
     importance: str = field(
         default="lim",
@@ -114,7 +118,7 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def check(self) -> None:
         """Refuses impossible values before any work."""
-        self.high, self.low = parse_levels(self.levels, self.avg_bits)
+        self.widths = parse_levels(self.levels, self.avg_bits)
         self.zeros = {"rtn": "integer", "gptq": "integer", "awq": "integer", "hqq": "float"}
         if self.symmetric:
             self.zeros |= dict.fromkeys(("rtn", "gptq", "awq"), "none")
@@ -141,7 +145,7 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
         """Refuses a matrix that the widths or groups do not fit, before any work."""
-        for bits in (self.head_bits,) if name == HEAD else (self.high, self.low):
+        for bits in (self.head_bits,) if name == HEAD else self.widths:
             try:
                 check_format(d_in, bits, self.group_size)
             except ValueError as error:
@@ -166,7 +170,7 @@ class LayerwiseQuant(LayerwiseRecipe):
             self.weights[layer_index(name, 0)] += module.in_features * module.out_features
         self.kept = pinned(self.keep, self.blocks)
         free = [block for block in self.blocks if block not in self.kept]
-        plan_bits(free, self.weights, self.avg_bits, self.high, self.low)  # is the average within reach?
+        cut_plans(free, self.weights, self.avg_bits, self.widths)  # is the average within reach?
         self.given = read_scores(self.importance, self.blocks) if self.own_order == "file" else None
         if self.head_bits is None:
             return self.linears
@@ -255,13 +259,13 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def candidates(self) -> Method:
         """Every matrix at both widths, on inputs of the model that has the high one everywhere (section 3.6)."""
-        names = {f"{bits}-bit": bits for bits in (self.high, self.low)}
+        names = {f"{bits}-bit": bits for bits in self.widths}
 
         def compress(matrix: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
             return {name: self.quantise(self.backend, matrix, weight, stats, bits) for name, bits in names.items()}
 
         prepare = self.preparation(self.backend, lambda _: names.values())
-        return Method(f"{self.high}-bit", compress, self.inputs(), packed=tuple(names), **prepare)
+        return Method(next(iter(names)), compress, self.inputs(), packed=tuple(names), **prepare)
 
     def baseline_methods(self) -> list[Method]:
         """The other quantisers, at the same widths block by block."""
@@ -288,7 +292,7 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def can_prune(self) -> bool:
         """Whether the bytes of the low width hold any weight at all in a sparse matrix."""
-        low = self.rows(dict.fromkeys(self.blocks, self.low), self.backend)
+        low = self.rows(dict.fromkeys(self.blocks, self.widths[-1]), self.backend)
         return all(self.sparse_row(row)["pattern"][0] > 0 for row in low)
 
     def prune(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
@@ -324,26 +328,41 @@ class LayerwiseQuant(LayerwiseRecipe):
             scores["sensitivity"] = self.sensitivity(run, store)
         if self.given is not None:
             scores["file"] = self.given
-        order = self.order(self.own_order, scores, self.seed)
+        plans = cut_plans(self.order(self.own_order, scores, self.seed), self.weights, self.avg_bits, self.widths)
         halves = ([facts[i]["halves"][half] for i in self.blocks] for half in (0, 1))
         return {
             "seed": self.seed,
             "scores": scores,
             "stability": kendall_tau(*halves),
-            "bits": plan_bits(order, self.weights, self.avg_bits, self.high, self.low),
+            "bits": plans[0] if len(plans) == 1 else min(plans, key=partial(self.held_loss, run, store)),
         }
 
-    def sensitivity(self, run: Run, store: MatrixStore) -> dict[int, float]:
-        """Damage of each block alone at the low width, on calibration text that nothing else has seen."""
+    def unseen(self, run: Run) -> list[Tensor]:
+        """Windows (T,) of calibration text that nothing is calibrated on: blocks and cuts are judged by them."""
         count = max(1, SENSITIVITY_TOKENS // self.seqlen)
         windows = calibration_windows(run.text, run.tokenizer, self.nsamples + count, self.seqlen, self.seed)
-        swapped = f"{self.high}-bit", f"{self.low}-bit"
-        model, rows = load_fp32(run.base.path), []
-        for number, window in enumerate(windows[self.nsamples :]):
-            print(f"sensitivity, window {number + 1}/{count}", flush=True)
-            make = partial(
-                block_damage, model, window, self.linears, partial(store.weight, swapped[0], variant=swapped[1])
-            )
+        return list(windows[self.nsamples :])
+
+    def held_loss(self, run: Run, store: MatrixStore, bits: dict[int, int]) -> float:
+        """Perplexity of a mixture of candidates on unseen calibration text."""
+        digest = mixture_digest(bits)
+
+        def make() -> dict:
+            found = perplexity(self.mixture(run, store, bits), torch.stack(self.unseen(run)))
+            counts = ", ".join(f"{list(bits.values()).count(width)} x {width} bits" for width in self.widths)
+            print(f"plan of {counts}: perplexity {found['value']:.6g} on unseen calibration text", flush=True)
+            return found
+
+        return cached_json(store.folder / "plans" / f"{digest}.json", make)["value"]
+
+    def sensitivity(self, run: Run, store: MatrixStore) -> dict[int, float]:
+        """Damage of each block alone at the lowest width, on unseen calibration text."""
+        names = [f"{bits}-bit" for bits in self.widths]
+        model, rows, windows = load_fp32(run.base.path), [], self.unseen(run)
+        for number, window in enumerate(windows):
+            print(f"sensitivity, window {number + 1}/{len(windows)}", flush=True)
+            lowered = partial(store.weight, names[0], variant=names[-1])
+            make = partial(block_damage, model, window, self.linears, lowered)
             rows.append(cached_json(store.folder / "sensitivity" / f"{number}.json", make))
         return {i: statistics.fmean(row[str(i)] for row in rows) for i in self.blocks}
 
@@ -368,10 +387,10 @@ class LayerwiseQuant(LayerwiseRecipe):
     # --------------------------------------------------------------------------------------------------- measuring
 
     def baseline_names(self) -> list[str]:
-        """Both uniform widths, all orders, whole blocks dropped, the other quantisers."""
+        """The uniform widths, all orders, whole blocks dropped, the other quantisers."""
         orders = [name for name in self.orders() if name != self.own_order or self.inputs() != "dense"]
         rivals = [method.name for method in self.baseline_methods()]
-        return [f"{self.high}-bit", f"{self.low}-bit", *orders, "dropped", *rivals]
+        return [*(f"{bits}-bit" for bits in self.widths), *orders, "dropped", *rivals]
 
     def orders(self) -> list[str]:
         """The chosen order, its reverse, and the others."""
@@ -391,12 +410,13 @@ class LayerwiseQuant(LayerwiseRecipe):
                 measured.setdefault(name, []).append(metrics)
         return measured
 
-    def mixtures(self, name: str, plan: Plan, lowered: int | None = None) -> list[dict[int, int]]:
+    def mixtures(self, name: str, plan: Plan, steps: int | None = None) -> list[dict[int, int]]:
         """{block: bits} of a baseline that swaps candidates, several of a random order; a missing block is dropped.
 
-        lowered: blocks of an order at the low width; None means as many as the checkpoint has.
+        steps: how far along an order blocks are lowered (`step_down`); None means to as many of each width as the
+        checkpoint has.
         """
-        high = dict.fromkeys(self.blocks, self.high)
+        high = dict.fromkeys(self.blocks, self.widths[0])
         if name.endswith("-bit"):
             return [dict.fromkeys(self.blocks, int(name.removesuffix("-bit")))]
         if name == "dropped":
@@ -405,20 +425,24 @@ class LayerwiseQuant(LayerwiseRecipe):
                     break
                 del high[block]
             return [high]
-        lowered = sum(bits == self.low for bits in plan.bits.values()) if lowered is None else lowered
         draws = range(plan.seed, plan.seed + RANDOM_ORDERS) if name == "random" else [plan.seed]
-        orders = [self.order(name, plan.scores, draw)[:lowered] for draw in draws]
-        return [high | dict.fromkeys(order, self.low) for order in orders]
+        orders = [self.order(name, plan.scores, draw) for draw in draws]
+        if steps is not None:
+            return [high | step_down(order, steps, self.widths) for order in orders]
+        return [high | dict(zip(order, sorted(plan.bits.values()), strict=False)) for order in orders]
+
+    def mixture(self, run: Run, store: MatrixStore, bits: dict[int, int]) -> nn.Module:
+        """The dense model with these candidates swapped in."""
+        variants = {block: f"{width}-bit" for block, width in bits.items()}
+        return load_mixture(run, store, f"{self.widths[0]}-bit", variants)
 
     def measure_mixtures(self, run: Run, seed: int, mixtures: list[dict[int, int]]) -> dict[str, dict]:
         """The mean over mixtures; each is measured once, whichever order leads to it."""
         runs = {}
         for bits in mixtures:
-            digest = hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:12]
-            variants = {block: f"{width}-bit" for block, width in bits.items()}
-            load = partial(load_mixture, run, run.store(seed), f"{self.high}-bit", variants)
-            runs[digest] = run.measure(f"mixture-{seed}-{digest}", load)
-        return mean_of_runs(list(runs.values()))
+            digest = mixture_digest(bits)
+            runs[digest] = run.measure(f"mixture-{seed}-{digest}", partial(self.mixture, run, run.store(seed), bits))
+        return over_runs(list(runs.values()))
 
     def rows(self, bits: dict[int, int], backend: str) -> list[dict]:
         """The shape and format of every matrix of the blocks in `bits`, as in the report's `layers`."""
@@ -463,7 +487,7 @@ class LayerwiseQuant(LayerwiseRecipe):
         return {
             "backend": self.backend,
             "importance": self.own_order,
-            "levels": [self.high, self.low],
+            "levels": list(self.widths),
             "head_bits": self.head_bits,
             "average_bits": self.average(plan.bits),
             "average_bits_with_overhead": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
@@ -481,20 +505,22 @@ class LayerwiseQuant(LayerwiseRecipe):
         if self.curve_points:
             names = [self.own_order, *(name for name in self.chosen_baselines() if name in self.orders())]
             found["curves"] = {name: self.curve(run, plan, name) for name in names}
-            lowered = sum(bits == self.low for bits in plan.bits.values())
+            own = self.measure_mixtures(run, plan.seed, self.mixtures(self.own_order, plan))
             rivals = {
                 name: rows[0] for name, rows in self.measure_baselines(run).items() if name in ("dropped", "pruned")
             }
-            claims = claims_table(found["curves"], self.own_order, lowered, rivals, self.backend)
+            claims = claims_table(found["curves"], self.own_order, own, rivals, self.backend)
             found["tables"] = {"The paper's claims": claims}
         return found
 
     def curve(self, run: Run, plan: Plan, name: str) -> list[dict]:
-        """Quality with more and more blocks of an order lowered, from none to all."""
-        count = len(self.blocks) - len(self.kept)
+        """Quality as more and more blocks of an order are lowered, from all at the highest width to all at the lowest."""
+        count = (len(self.blocks) - len(self.kept)) * (len(self.widths) - 1)
         steps = {round(count * point / (self.curve_points + 1)) for point in range(self.curve_points + 2)}
+        if len(self.widths) == 2:  # of three, the checkpoint's own plan is not on this path
+            steps.add(sum(bits == self.widths[-1] for bits in plan.bits.values()))
         points = []
-        for lowered in sorted(steps | {sum(bits == self.low for bits in plan.bits.values())}):
+        for lowered in sorted(steps):
             mixtures = self.mixtures(name, plan, lowered)
             metrics = self.measure_mixtures(run, plan.seed, mixtures)
             points.append({"lowered": lowered, "bits": self.average(mixtures[0]), "metrics": metrics})
@@ -550,29 +576,6 @@ class Plan:
         return cls(plan["seed"], scores, plan["stability"], numbered(plan["bits"]))
 
 
-# ------------------------------------------------------------------------------------------------------ the scores
-
-
-def score_block(folder: Path, index: int, weights: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
-    """Scores of one block of the dense model, to folder/<index>.json; x, y (N, T, d) are its inputs and outputs."""
-    if not weights:
-        return
-
-    def make() -> dict:
-        windows = torch.cat([lim(*pair) for pair in zip(x.split(4), y.split(4), strict=True)])
-        if not torch.isfinite(windows).all():
-            raise UserError(f"block {index}: its hidden states hold NaN or Inf; such a model cannot be ranked.")
-        matrices = list(weights.values())
-        return {
-            "lim": windows.mean().item(),
-            "halves": [half.mean().item() for half in windows.chunk(2)],
-            "zd": zd(matrices),
-            "zd-two-sided": zd(matrices, two_sided=True),
-        }
-
-    cached_json(folder / f"{index}.json", make)
-
-
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -595,13 +598,6 @@ def load_mixture(run: Run, store: MatrixStore, method: str, variants: dict[int, 
     return model
 
 
-def mean_of_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:
-    """{metric: M} with mean and sample standard deviation over several models; a single one stays as it is."""
-    if len(runs) == 1:
-        return runs[0]
-    merged = {}
-    for key, first in runs[0].items():
-        values = [run[key]["value"] for run in runs]
-        spread = {"value": statistics.fmean(values), "spread": statistics.stdev(values)}
-        merged[key] = first | spread | {"n": len(values), "n_of": "runs"}
-    return merged
+def mixture_digest(bits: dict[int, int]) -> str:
+    """A short name of a mixture."""
+    return hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:12]

@@ -513,9 +513,10 @@ def sweep_table(title: str, sweep: dict) -> str:
 def importance_line(report: dict) -> str:
     """What the ranking of the blocks rests on, and which of them have the lower width."""
     blocks = report["importance"]["blocks"]
-    low = min(block["bits"] for block in blocks)
-    lowered = [str(block["index"]) for block in blocks if block["bits"] == low]
-    line = f"Blocks with {low} bits: {', '.join(lowered)}."
+    lowered = []
+    for bits in sorted({block["bits"] for block in blocks})[:-1] or [blocks[0]["bits"]]:
+        lowered.append(f"with {bits} bits: {', '.join(str(b['index']) for b in blocks if b['bits'] == bits)}")
+    line = f"Blocks {'; '.join(lowered)}."
     if "stability" not in report["importance"]:
         return line
     tau = report["importance"]["stability"]

@@ -11,12 +11,12 @@ HEADER = ["the paper claims", "measured here", "seen"]
 
 
 def claims_table(
-    curves: dict[str, list[dict]], own: str, lowered: int, rivals: dict[str, dict[str, dict]], backend: str
+    curves: dict[str, list[dict]], own: str, mixture: dict[str, dict], rivals: dict[str, dict[str, dict]], backend: str
 ) -> dict:
     """A table of the report: each claim, what was measured of the first metric, and whether it was seen.
 
-    curves: as in the report; own: the order of the checkpoint, which lowers `lowered` blocks; rivals: {name: metrics} of
-    models without fewer bytes that drop blocks or weights instead.
+    curves: as in the report; own: the order of the checkpoint; mixture: metrics of that order's mixture of candidates at
+    the checkpoint's average; rivals: {name: metrics} of models of about its bytes that drop blocks or weights instead.
     """
     key = next(iter(curves[own][0]["metrics"]))
     close = f"{metric_title(key)} within {100 * CLOSE:.0f} %"
@@ -31,7 +31,6 @@ def claims_table(
         name = f"(b) importance helps on top of a quantiser that adapts itself (here: {backend})"
         rows.insert(1, [name, *importance_claim(curves[own], curves["random"], own, key)])
     if rivals:
-        mixture = next(point["metrics"] for point in curves[own] if point["lowered"] == lowered)
         rows.insert(-1, ["(c) fewer bits beat fewer weights at equal bytes", *size_claim(mixture, rivals, own, key)])
     return {"header": HEADER, "rows": rows}
 

@@ -30,21 +30,55 @@ def plan_bits(order: list[int], weights: dict[int, int], average: float, high: i
     return bits
 
 
-def parse_levels(text: str, average: float) -> tuple[int, int]:
-    """'4,3' -> (4, 3); 'auto' -> the neighbouring widths with high > average >= low (8,6 for 8)."""
+def cut_plans(
+    order: list[int], weights: dict[int, int], average: float, widths: tuple[int, ...]
+) -> list[dict[int, int]]:
+    """Every plan of two or three widths that cuts `order` so that the average is just met   [3.4, "three levels"]
+
+    Of three, the first blocks of the order get the lowest width and as few as then are needed the middle one; the cuts
+    differ in how many have the lowest. Raises: UserError as `plan_bits`.
+    """
+    if len(widths) == 2:
+        return [plan_bits(order, weights, average, *widths)]
+    high, middle, low = widths
+    plans = [plan_bits(order, weights, average, high, low)]  # without the middle one: no plan has more at the lowest
+    for count in range(sum(bits == low for bits in plans[0].values())):
+        lowest = dict.fromkeys(order[:count], low)
+        rest = {block: weight for block, weight in weights.items() if block not in lowest}
+        spent = sum(low * weights[block] for block in lowest)
+        left = (average * sum(weights.values()) - spent) / sum(rest.values())
+        if left * sum(rest.values()) >= sum((middle if i in order else high) * rest[i] for i in rest):
+            plans.append(plan_bits(order[count:], rest, left, high, middle) | lowest)
+    return plans
+
+
+def step_down(order: list[int], steps: int, widths: tuple[int, ...]) -> dict[int, int]:
+    """{block: width} after `steps` steps: each lowers one block to the next width, all of the order before any twice."""
+    rounds, more = divmod(steps, len(order))
+    place = [min(rounds + (i < more), len(widths) - 1) for i in range(len(order))]
+    return {block: widths[i] for block, i in zip(order, place, strict=True)}
+
+
+def parse_levels(text: str, average: float) -> tuple[int, ...]:
+    """'4,3' -> (4, 3), '4,3,2' -> (4, 3, 2); 'auto' -> the neighbouring widths with high > average >= low (8,6 for 8)."""
     if text == "auto" and WIDTHS[-1] <= average <= WIDTHS[0]:
         low = next(width for width in WIDTHS[1:] if width <= average)
         return WIDTHS[WIDTHS.index(low) - 1], low
     try:
-        high, low = (int(part) for part in text.split(","))
+        levels = tuple(map(int, text.split(",")))
     except ValueError:
-        high, low = (0, 0) if text != "auto" else (WIDTHS[0], WIDTHS[-1])
-    if not (high in WIDTHS and low in WIDTHS and high > low):
+        levels = () if text != "auto" else (WIDTHS[0], WIDTHS[-1])
+    if not (len(levels) in (2, 3) and set(levels) <= set(WIDTHS) and list(levels) == sorted(set(levels), reverse=True)):
         widths = ", ".join(map(str, WIDTHS))
-        raise UserError(f"--levels {text}: two different widths of {widths}, the higher first, or auto is needed.")
-    if not low <= average <= high:
-        raise UserError(f"--avg_bits {average}: widths {high} and {low} reach averages from {low} to {high} only.")
-    return high, low
+        raise UserError(
+            f"--levels {text}: two or three different widths of {widths}, the highest first, or auto is needed."
+        )
+    if not levels[-1] <= average <= levels[0]:
+        raise UserError(
+            f"--avg_bits {average}: widths {levels[0]} and {levels[-1]} reach averages from {levels[-1]} to {levels[0]}"
+            " only."
+        )
+    return levels
 
 
 def pinned(keep: list[str], blocks: list[int]) -> set[int]:

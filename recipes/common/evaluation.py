@@ -100,6 +100,18 @@ def _exp(nll: float) -> float:
     return math.exp(min(nll, 709.0))
 
 
+def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:
+    """{metric: M} with mean and sample deviation over several models; of a single one, its own."""
+    if len(runs) == 1:
+        return runs[0]
+    merged = {}
+    for key, first in runs[0].items():
+        values = [run[key]["value"] for run in runs]
+        spread, unit = statistics.stdev(values), first["unit"]
+        merged[key] = metric(statistics.fmean(values), spread, len(runs), "runs", unit, first["higher_is_better"])
+    return merged
+
+
 # ------------------------------------------------------------------------------------------------------------ tasks
 
 

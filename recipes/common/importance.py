@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from recipes.common.plots import layer_index
+from recipes.common.runner import cached_json
+from zoo.errors import UserError
 
 
 def lim(x: Tensor, y: Tensor) -> Tensor:
@@ -27,6 +30,26 @@ def zd(weights: list[Tensor], two_sided: bool = False) -> float:
         z = w.double() - mean
         far += int(((z.abs() if two_sided else z) > math.sqrt(variance)).sum())
     return far / count
+
+
+def score_block(folder: Path, index: int, weights: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    """Scores of one block of the dense model, to folder/<index>.json; x, y (N, T, d) are its inputs and outputs."""
+    if not weights:
+        return
+
+    def make() -> dict:
+        windows = torch.cat([lim(*pair) for pair in zip(x.split(4), y.split(4), strict=True)])
+        if not torch.isfinite(windows).all():
+            raise UserError(f"block {index}: its hidden states hold NaN or Inf; such a model cannot be ranked.")
+        matrices = list(weights.values())
+        return {
+            "lim": windows.mean().item(),
+            "halves": [half.mean().item() for half in windows.chunk(2)],
+            "zd": zd(matrices),
+            "zd-two-sided": zd(matrices, two_sided=True),
+        }
+
+    cached_json(folder / f"{index}.json", make)
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common.data import load_text
-from recipes.common.evaluation import compare_speed, metric, ratio
+from recipes.common.evaluation import compare_speed, ratio
 from recipes.common.kv_search import front
 from recipes.common.kv_simulation import quantised_cache
 from recipes.common.kv_tables import (
@@ -101,18 +100,6 @@ def cache_findings(
         "errors": {pair_name(pair): [row[pair] for row in found["errors"]] for pair in menu},
         "seconds": found["seconds"],
     }
-
-
-def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:
-    """{metric: M} with mean and sample deviation over several tables; of a single one, itself."""
-    if len(runs) == 1:
-        return runs[0]
-    merged = {}
-    for key, first in runs[0].items():
-        values = [run[key]["value"] for run in runs]
-        spread, unit = statistics.stdev(values), first["unit"]
-        merged[key] = metric(statistics.fmean(values), spread, len(runs), "runs", unit, first["higher_is_better"])
-    return merged
 
 
 def measure_cache_speed(base: Path, folder: Path, prompt_tokens: int, repeats: int = 3) -> dict[str, dict[str, dict]]:

@@ -19,8 +19,9 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from recipes.common.bit_plans import parse_levels, pinned, plan_bits
 from recipes.common.quantizers import rtn
-from recipes.layerwise_quant import LayerwiseQuant, parse_levels, pinned, plan_bits
+from recipes.layerwise_quant import LayerwiseQuant
 from zoo.kernels.packed_linear.reference import pack_codes
 from zoo.layers.packing import pack_layers
 from zoo.spaces import MAX_NEW_TOKENS, MAX_PROMPT, Decoder, encode_chat, find_checkpoint, find_dense

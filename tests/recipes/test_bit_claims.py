@@ -41,7 +41,7 @@ def rivals(**values):
 
 def test_claims_that_hold():
     curves = {"lim": curve(10, 10.5, 12, 20), "random": curve(10, 14, 17, 20, spread=0.5)}
-    table = claims_table(curves, "lim", 10, rivals(dropped=13, pruned=40), "gptq")
+    table = claims_table(curves, "lim", curves["lim"][2]["metrics"], rivals(dropped=13, pruned=40), "gptq")
     assert seen(table) == {"(a)": "yes", "(b)": "yes", "(c)": "yes", "(d)": "not judged"}
     measured = {row[0][:3]: row[1] for row in table["rows"]}
     assert measured["(a)"] == "lim 44 %, random 8 %"
@@ -52,14 +52,14 @@ def test_claims_that_hold():
 
 def test_claims_that_do_not():
     curves = {"lim": curve(10, 13, 15, 20), "random": curve(10, 12, 15.5, 20, spread=0.5)}
-    table = claims_table(curves, "lim", 10, rivals(dropped=14, pruned=40), "gptq")
+    table = claims_table(curves, "lim", curves["lim"][2]["metrics"], rivals(dropped=14, pruned=40), "gptq")
     assert seen(table) == {"(a)": "no", "(b)": "no", "(c)": "against pruned only", "(d)": "not judged"}
-    assert seen(claims_table(curves, "lim", 10, rivals(dropped=14), "rtn"))["(c)"] == "no"
+    assert seen(claims_table(curves, "lim", curves["lim"][2]["metrics"], rivals(dropped=14), "rtn"))["(c)"] == "no"
 
 
 def test_claims_in_part():
     curves = {"lim": curve(10, 11.5, 13, 20), "random": curve(10, 14, 14, 20, spread=0.7)}
-    table = claims_table(curves, "lim", 5, {}, "gptq")
+    table = claims_table(curves, "lim", {}, {}, "gptq")
     assert seen(table) == {
         "(a)": "in part: further than at random",
         "(b)": "at 1 of 2 points",
@@ -68,7 +68,7 @@ def test_claims_in_part():
 
 
 def test_without_a_random_order_the_first_claim_is_not_judged():
-    assert seen(claims_table({"lim": curve(10, 11, 20)}, "lim", 5, {}, "gptq")) == {
+    assert seen(claims_table({"lim": curve(10, 11, 20)}, "lim", {}, {}, "gptq")) == {
         "(a)": "not judged: no random order was measured",
         "(d)": "not judged",
     }

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,13 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
 from tiny_models import make_base
 
 import zoo  # noqa: F401
+from recipes.common.bit_plans import cut_plans, parse_levels, plan_bits, step_down
 from recipes.common.data import load_text
-from recipes.common.importance import block_damage, kendall_tau, least_first, lim, zd
+from recipes.common.evaluation import over_runs
+from recipes.common.importance import block_damage, kendall_tau, least_first, lim, score_block, zd
 from recipes.common.layerwise import held_out_windows, measure_model
 from recipes.common.quantizers import rtn
 from recipes.common.runner import main, parse
 from recipes.common.streaming import InputStatistics, MatrixStore, Method, StreamedModel, Variant, compress_blocks
-from recipes.layerwise_quant import LayerwiseQuant, mean_of_runs, parse_levels, plan_bits, score_block
+from recipes.layerwise_quant import LayerwiseQuant
 from zoo.errors import UserError
 from zoo.verify import verify
 
@@ -147,6 +150,42 @@ def test_3_any_average_is_met_from_below_within_a_block(average):
     assert count == {2.0: 24, 4.0: 0}.get(average, count)
 
 
+@pytest.mark.parametrize("average", [2.0, 2.3, 2.75, 3.0, 3.4, 4.0])
+def test_3_three_widths_are_cut_everywhere_the_average_allows(average):
+    """Every plan rises along the order, meets the average, and would miss it with one block more at the next width."""
+    weights = {block: 100 + 7 * (block % 3) for block in range(12)}
+    order = [5, 3, 9, 0, 7, 1, 8, 2, 6, 4, 10, 11]
+    plans = cut_plans(order, weights, average, (4, 3, 2))
+    mean = lambda bits: sum(weights[b] * bits[b] for b in bits) / sum(weights.values())  # noqa: E731
+    assert len({tuple(plan[b] for b in order) for plan in plans}) == len(plans)
+    for plan in plans:
+        widths = [plan[block] for block in order]
+        assert widths == sorted(widths) and set(plan) == set(weights)
+        assert mean(plan) <= average + 1e-9
+        last = max((block for block in order if plan[block] < 4), key=order.index, default=None)
+        assert last is None or mean(plan | {last: 4}) > average
+    lowest = sorted(sum(bits == 2 for bits in plan.values()) for plan in plans)
+    tried = [n for n in range(13) if mean(dict.fromkeys(order[:n], 2) | dict.fromkeys(order[n:], 3)) <= average]
+    most = next(n for n in range(13) if mean(dict.fromkeys(order[:n], 2) | dict.fromkeys(order[n:], 4)) <= average)
+    assert lowest == [n for n in tried if n < most] + [most]
+
+
+def test_3_pinned_blocks_and_two_widths():
+    weights = dict.fromkeys(range(6), 10)
+    for plan in cut_plans([4, 3, 2, 1], weights, 3.2, (4, 3, 2)):
+        assert plan[0] == plan[5] == 4 and sum(plan.values()) <= 6 * 3.2
+    assert cut_plans([4, 3, 2, 1], weights, 3.5, (4, 3)) == [plan_bits([4, 3, 2, 1], weights, 3.5, 4, 3)]
+    with pytest.raises(UserError, match="--keep pins too many"):
+        cut_plans([4], weights, 3.2, (4, 3, 2))
+
+
+def test_steps_lower_every_block_once_before_any_twice():
+    order, widths = [2, 0, 1], (4, 3, 2)
+    seen = [[step_down(order, steps, widths)[b] for b in order] for steps in range(7)]
+    assert seen == [[4, 4, 4], [3, 4, 4], [3, 3, 4], [3, 3, 3], [2, 3, 3], [2, 2, 3], [2, 2, 2]]
+    assert step_down(order, 2, (8, 4)) == {2: 4, 0: 4, 1: 8}
+
+
 def test_3_equal_scores_lower_the_later_block_first():
     assert least_first({0: 1.0, 1: 0.5, 2: 0.5, 3: 1.0}) == [2, 1, 3, 0]
 
@@ -156,7 +195,7 @@ def test_levels_and_pins():
     assert (
         parse_levels("auto", 8) == (8, 6) and parse_levels("auto", 2.0) == (3, 2) and parse_levels("auto", 1) == (2, 1)
     )
-    assert parse_levels("8,4", 5) == (8, 4)
+    assert parse_levels("8,4", 5) == (8, 4) and parse_levels("4,3,2", 3.2) == (4, 3, 2)
     with pytest.raises(UserError, match="--avg_bits 3.5: --keep pins too many blocks, 3.67 is the least"):
         plan_bits([1], dict.fromkeys(range(3), 10), 3.5, 4, 3)
 
@@ -183,11 +222,23 @@ def test_orders_are_permutations_that_do_what_their_names_say():
     assert recipe.order("lim", scores, 0) == [3, 2, 1, 4]
 
 
-def test_mean_of_runs():
-    runs = [{"perplexity/A": {"value": v, "spread": 0.5, "n": 12, "n_of": "windows", "unit": "ppl"}} for v in (1, 2, 6)]
-    merged = mean_of_runs(runs)["perplexity/A"]
+def test_over_runs():
+    runs = [
+        {
+            "perplexity/A": {
+                "value": v,
+                "spread": 0.5,
+                "n": 12,
+                "n_of": "windows",
+                "unit": "ppl",
+                "higher_is_better": False,
+            }
+        }
+        for v in (1, 2, 6)
+    ]
+    merged = over_runs(runs)["perplexity/A"]
     assert (merged["value"], merged["n"], merged["n_of"]) == (3, 3, "runs")
-    assert merged["spread"] == pytest.approx(math.sqrt(7)) and mean_of_runs(runs[:1]) == runs[0]
+    assert merged["spread"] == pytest.approx(math.sqrt(7)) and over_runs(runs[:1]) == runs[0]
 
 
 # --------------------------------------------------------------------------------------- the order of work in a block
@@ -393,6 +444,24 @@ def test_the_other_ways(base, tmp_path, changes, said):
         assert sorted(low) == sorted(sorted(damage, key=damage.get)[:2]) and min(damage.values()) > 0
 
 
+def test_3_of_three_widths_the_cuts_with_the_least_loss_on_unseen_text(base, tmp_path):
+    output = tmp_path / "lq"
+    process = run(command(base, output, "--baselines", "lim", "random", levels="4,3,2", avg_bits=3.0, curve_points=1))
+    assert process.returncode == 0, process.stderr
+    config, report = (json.loads((output / name).read_text()) for name in ("config.json", "report.json"))
+    bits = {int(block): width for block, width in config["compression_config"]["bits_by_layer"].items()}
+    scores = {row["index"]: row["scores"]["lim"] for row in report["importance"]["blocks"]}
+    order, weights = least_first(scores), dict.fromkeys(bits, 1)
+    plans = cut_plans(order, weights, 3.0, (4, 3, 2))
+    tried = re.findall(r"plan of (.*): perplexity (\S+) on unseen", process.stdout)
+    best = min(tried, key=lambda found: float(found[1]))[0]
+    assert bits in plans and len(plans) == len(tried) > 1
+    assert best == ", ".join(f"{list(bits.values()).count(width)} x {width} bits" for width in (4, 3, 2))
+    assert config["compression_config"]["levels"] == [4, 3, 2]
+    assert [point["bits"] for point in report["curves"]["lim"]] == [4, 3, 2]
+    assert {row["bits"] for row in report["layers"]} == set(bits.values())
+
+
 def test_a_packed_head_of_tied_embeddings(tmp_path):
     """It counts in the sizes of all compressed models and in what they are measured with; the average is the blocks'."""
     (tmp_path / "calibration.txt").write_text(WORDS * 60)
@@ -429,6 +498,8 @@ def test_a_packed_head_of_tied_embeddings(tmp_path):
         (["--avg_bits", "0.5"], "--avg_bits 0.5"),
         (["--avg_bits", "4.5", "--levels", "4,2"], "--avg_bits 4.5: widths 4 and 2 reach averages from 2 to 4 only"),
         (["--levels", "4,4"], "--levels 4,4"),
+        (["--levels", "4,2,3"], "--levels 4,2,3"),
+        (["--levels", "8,6,4,2"], "--levels 8,6,4,2: two or three different widths"),
         (["--levels", "4,7"], "--levels 4,7"),
         (["--levels", "banana"], "--levels banana"),
         (["--group_size", "48"], "--group_size 48"),
