@@ -26,12 +26,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .errors import UserError
 from .kernels.kv_attention import kv_attention, quantize_channels, quantize_tokens
 from .kernels.kv_attention.reference import Part, dequantize
 
+logger = logging.get_logger(__name__)
 ATTENTION = "slimzoo_kv"
+SLOW = (
+    f"KVTunerCache: every token dequantises the whole cache. model.set_attn_implementation({ATTENTION!r}) reads the codes"
+    " instead; make the cache from the config of that very model, KVTunerCache.from_config(model.config)."
+)
 # What models call their cache, as an argument and in their output: renamed in transformers 5.24.
 CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 MODES, PREFILLS, BITS = ("per_token", "kivi"), ("exact", "quantized"), (2, 4, 8, 16)
@@ -210,8 +216,11 @@ class KVTunerLayer(CacheLayerMixin):
         if exact and not decoding and self.length:
             history = [self.dense(store) for store in self.stores]
         self.append(key_states.detach(), value_states.detach())
-        if decoding and self.config._attn_implementation == ATTENTION and not torch.is_grad_enabled():
-            return tuple(self.handle(store) for store in self.stores)
+        if decoding and not torch.is_grad_enabled():
+            if self.config._attn_implementation == ATTENTION:
+                return tuple(self.handle(store) for store in self.stores)
+            if not torch.compiler.is_compiling():
+                logger.warning_once(SLOW)
         if decoding or not exact:
             return tuple(self.dense(store) for store in self.stores)
         if history is None:

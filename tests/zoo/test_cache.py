@@ -102,6 +102,21 @@ def test_dense_keys_are_decoded_as_by_torch(model, monkeypatch):
     torch.testing.assert_close(found["sdpa"], found[ATTENTION], atol=2e-4, rtol=1e-4)
 
 
+def test_decoding_that_dequantises_says_how_to_avoid_it(model, monkeypatch):
+    said = []
+    monkeypatch.setattr(cache_module.logger, "warning_once", said.append)
+    model.set_attn_implementation(ATTENTION)
+    run(model, KVTunerCache.from_config(model.config, table()), IDS, chunks=(40,))
+    assert not said
+    copy = type(model.config).from_dict(
+        model.config.to_dict()
+    )  # another config does not know what the model attends with
+    run(model, KVTunerCache.from_config(copy, table()), IDS, chunks=(44,))
+    model.set_attn_implementation("sdpa")
+    run(model, KVTunerCache.from_config(model.config, table()), IDS, chunks=(45,))
+    assert set(said) == {cache_module.SLOW} and len(said) == 2  # one a layer; none for a prompt
+
+
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
 @pytest.mark.parametrize("pair", [*itertools.product((8, 4, 2), (8, 4, 2)), (16, 4), (8, 16)])
 def test_4_packed_attention_is_dequantised_attention(model, mode, pair):
