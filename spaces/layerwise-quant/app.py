@@ -125,12 +125,14 @@ def describe(mixtures: Mixtures, average: float) -> str:
         )
     else:
         lines.append(
-            "These weights are rounded to nearest here and now; the checkpoint's quantiser was better than that."
+            f"These weights are rounded to nearest here and now; those of the checkpoint by {mixtures.recipe.backend}."
         )
-        points = [point for points in list(mixtures.report.get("curves", {}).values())[:1] for point in points]
-        if points:
+        points = next(iter(mixtures.report.get("curves", {}).values()), [])
+        if points and min(p["bits"] for p in points) <= average <= max(p["bits"] for p in points):
             point = min(points, key=lambda p: abs(p["bits"] - average))
             lines.append(f"Nearest measured mixture, {point['bits']:.2f} bits: {perplexities(point['metrics'])}.")
+        else:
+            lines.append("Quality at this average was not measured.")
     return "\n\n".join(lines)
 
 
