@@ -1,7 +1,9 @@
-"""What the Spaces share: where models come from, decoding two of them in turn with a clock each, bytes in memory."""
+"""What the Spaces share: where models come from, decoding two of them in turn with a clock each, bytes in memory, and parts
+of their pages, which alone need gradio."""
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -143,3 +145,52 @@ class Decoder:
             f"**{speed}** after the first · prompt in {self.first_seconds:.2f} s · "
             f"**{weight_bytes(self.model) / 1e6:.0f} MB** weights + **{cache_bytes(self.cache) / 1e6:.2f} MB** cache"
         )
+
+
+# ------------------------------------------------------------------------------------------------------ parts of pages
+
+
+def answer_columns(titles: dict[str, str], lines: int = 10) -> list:
+    """Two outputs a column, for a `Decoder`'s text and figures; titles: {start of the element's id: title}."""
+    import gradio as gr
+
+    outputs = []
+    for name, title in titles.items():
+        with gr.Column():
+            outputs.append(gr.Textbox(label=title, lines=lines, elem_id=f"{name}-text"))
+            outputs.append(gr.Markdown(elem_id=f"{name}-figures"))
+    return outputs
+
+
+def upload_row(titles: dict[str, str], answer: Callable[[Image.Image], list]) -> None:
+    """An upload button and, of each model, its classes and how long they took: what answer(image) returns, two a model.
+
+    A file that is no image is answered with one sentence; titles as in `answer_columns`.
+    """
+    import gradio as gr
+
+    def opened(path: str | None) -> list:
+        if path is None:
+            raise gr.Error("Upload an image first.")
+        try:
+            image = open_image(path)
+        except UserError as error:
+            raise gr.Error(str(error)) from None
+        return [image, *answer(image)]
+
+    with gr.Row():
+        with gr.Column(scale=1):
+            upload = gr.UploadButton("Upload an image", file_types=["image"], variant="primary", elem_id="upload")
+            outputs = [gr.Image(label="Image", interactive=False, height=220, elem_id="picture")]
+        for name, title in titles.items():
+            with gr.Column(scale=1):
+                outputs += [gr.Label(label=title, elem_id=name), gr.Markdown(elem_id=f"{name}-time")]
+    upload.upload(opened, upload, outputs, concurrency_limit=1)
+
+
+def show_plots(checkpoint: Path) -> None:
+    """The plots that the recipe drew."""
+    import gradio as gr
+
+    for plot in sorted((checkpoint / "plots").glob("*.png")):
+        gr.Image(str(plot), label=plot.stem.replace("-", " ").replace("_", " "), interactive=False)

@@ -14,7 +14,16 @@ import gradio as gr
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from zoo.spaces import MAX_NEW_TOKENS, MAX_PROMPT, Decoder, encode_chat, find_checkpoint, find_dense
+from zoo.spaces import (
+    MAX_NEW_TOKENS,
+    MAX_PROMPT,
+    Decoder,
+    answer_columns,
+    encode_chat,
+    find_checkpoint,
+    find_dense,
+    show_plots,
+)
 
 LOCAL = Path("runs/armor")
 HUB_ID = "slimzoo/smollm2-135m-instruct-armor"
@@ -61,11 +70,7 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
             temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0 = greedy)")
             seed = gr.Number(0, precision=0, label="Seed")
         with gr.Row():
-            columns = []
-            for title in ("Dense", "ARMOR"):
-                with gr.Column():
-                    columns.append(gr.Textbox(label=title, lines=10, elem_id=f"{title.lower()}-text"))
-                    columns.append(gr.Markdown(elem_id=f"{title.lower()}-figures"))
+            columns = answer_columns({"dense": "Dense", "armor": "ARMOR"})
         gr.on(
             [go.click, prompt.submit],
             answer,
@@ -74,8 +79,7 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
             concurrency_limit=1,
         )
         with gr.Row():
-            for plot in sorted((checkpoint / "plots").glob("*.png")):
-                gr.Image(str(plot), label=plot.stem.replace("_", " "), show_label=True)
+            show_plots(checkpoint)
     return app.queue(max_size=16, default_concurrency_limit=1)
 
 

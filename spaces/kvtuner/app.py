@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from zoo.cache import KVTunerCache
-from zoo.spaces import MAX_NEW_TOKENS, Decoder, cache_bytes, find_checkpoint
+from zoo.spaces import MAX_NEW_TOKENS, Decoder, answer_columns, cache_bytes, find_checkpoint, show_plots
 
 LOCAL = Path("runs/kvtuner")
 HUB_ID = "slimzoo/smollm2-135m-instruct-kvtuner"
@@ -107,16 +107,11 @@ def build(checkpoint: Path) -> gr.Blocks:
             new_tokens = gr.Slider(1, MAX_NEW_TOKENS, value=32, step=1, label="New tokens", scale=2)
             go = gr.Button("Ask", variant="primary", scale=1, elem_id="ask")
         with gr.Row():
-            columns = []
-            for title, name in (("16-bit cache", "dense"), ("KVTuner", "tuned")):
-                with gr.Column():
-                    columns.append(gr.Textbox(label=title, lines=6, elem_id=f"{name}-text"))
-                    columns.append(gr.Markdown(elem_id=f"{name}-figures"))
+            columns = answer_columns({"dense": "16-bit cache", "tuned": "KVTuner"}, lines=6)
         columns.append(gr.Plot(show_label=False, elem_id="growth"))
         gr.on([go.click, question.submit], answer, [document, question, new_tokens], columns, concurrency_limit=1)
         with gr.Row():
-            for image in sorted((checkpoint / "plots").glob("*.png")):
-                gr.Image(str(image), label=image.stem.replace("_", " "), show_label=True)
+            show_plots(checkpoint)
     return app.queue(max_size=16, default_concurrency_limit=1)
 
 

@@ -24,7 +24,16 @@ from recipes.common.quantizers import rtn
 from recipes.layerwise_quant import LayerwiseQuant
 from zoo.kernels.packed_linear.reference import pack_codes
 from zoo.layers.packing import pack_layers
-from zoo.spaces import MAX_NEW_TOKENS, MAX_PROMPT, Decoder, encode_chat, find_checkpoint, find_dense
+from zoo.spaces import (
+    MAX_NEW_TOKENS,
+    MAX_PROMPT,
+    Decoder,
+    answer_columns,
+    encode_chat,
+    find_checkpoint,
+    find_dense,
+    show_plots,
+)
 from zoo.verify import layer_bytes
 
 LOCAL = Path("runs/layerwise-quant")
@@ -208,16 +217,11 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
             new_tokens = gr.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="New tokens", scale=2)
             go = gr.Button("Generate", variant="primary", scale=1, elem_id="generate")
         with gr.Row():
-            columns = []
-            for title, name in (("Dense", "dense"), ("At these bits", "packed")):
-                with gr.Column():
-                    columns.append(gr.Textbox(label=title, lines=10, elem_id=f"{name}-text"))
-                    columns.append(gr.Markdown(elem_id=f"{name}-figures"))
+            columns = answer_columns({"dense": "Dense", "packed": "At these bits"})
         slider.change(show, slider, [facts, plot], trigger_mode="always_last", concurrency_limit=1)
         gr.on([go.click, prompt.submit], answer, [slider, prompt, new_tokens], columns, concurrency_limit=1)
         with gr.Row():
-            for image in sorted((checkpoint / "plots").glob("*.png")):
-                gr.Image(str(image), label=image.stem.replace("_", " "), show_label=True)
+            show_plots(checkpoint)
     return app.queue(max_size=16, default_concurrency_limit=1)
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import gradio as gr
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.card import format_bytes, format_metric, metric_title
-from zoo.errors import UserError
 from zoo.kernels.block_sparse_linear.reference import block_rows
 from zoo.layers.block_sparse import BlockSparseLinear
-from zoo.spaces import classify, find_checkpoint, find_dense, open_image
+from zoo.spaces import classify, find_checkpoint, find_dense, show_plots, upload_row
 
 LOCAL = Path("runs/lpvit")
 HUB_ID = "slimzoo/vit-tiny-easy-vqa-lpvit"
@@ -87,36 +87,18 @@ def build(checkpoint: Path, dense_name: str | None) -> gr.Blocks:
     pruned = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
     models = {"dense": load_dense(checkpoint, dense_name, report), "pruned": pruned}
 
-    def answer(path: str | None) -> tuple:
-        if path is None:
-            raise gr.Error("Upload an image first.")
-        try:
-            image = open_image(path)
-        except UserError as error:
-            raise gr.Error(str(error)) from None
-        pixels, shown = processor(image, return_tensors="pt").pixel_values, [image]
-        for model in models.values():
-            shown += classify(model, pixels)
-        return tuple(shown)
+    def answer(image: Image.Image) -> list:
+        pixels = processor(image, return_tensors="pt").pixel_values
+        return [part for model in models.values() for part in classify(model, pixels)]
 
     with gr.Blocks(title="Block-sparse vision transformer", analytics_enabled=False) as app:
         gr.Markdown(
             "# Block-sparse vision transformer\nWhole blocks of its weights are gone; the blocks that remain were refitted."
         )
-        with gr.Row():
-            with gr.Column(scale=1):
-                upload = gr.UploadButton("Upload an image", file_types=["image"], variant="primary", elem_id="upload")
-                picture = gr.Image(label="Image", interactive=False, height=220, elem_id="picture")
-            outputs = [picture]
-            for name in models:
-                with gr.Column(scale=1):
-                    outputs.append(gr.Label(label=name, elem_id=name))
-                    outputs.append(gr.Markdown(elem_id=f"{name}-time"))
-        upload.upload(answer, upload, outputs, concurrency_limit=1)
+        upload_row({name: name for name in models}, answer)
         gr.Markdown(describe(report), elem_id="facts")
         gr.Plot(draw_masks(block_masks(pruned)), label="Blocks that are kept", elem_id="masks")
-        for file in sorted((checkpoint / "plots").glob("*.png")):
-            gr.Image(str(file), label=file.stem.replace("-", " ").replace("_", " "), interactive=False)
+        show_plots(checkpoint)
         labels = [str(pruned.config.id2label[i]) for i in sorted(pruned.config.id2label, key=int)]
         known = ", ".join(labels[:30]) + (" and more" if len(labels) > 30 else "")
         gr.Markdown(f"Both models know {len(labels)} classes: {known}. Of anything else they guess.")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import gradio as gr
 from matplotlib.figure import Figure
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.card import format_bytes, format_metric, metric_title
 from zoo.errors import UserError
-from zoo.spaces import classify, find_checkpoint, open_image
+from zoo.spaces import classify, find_checkpoint, show_plots, upload_row
 
 CHECKPOINTS = {  # where a recipe leaves its checkpoint, and its Hub repository
     "random-pruning": (Path("runs/random-pruning"), "slimzoo/resnet-14-8-cifar10-random-pruning"),
@@ -104,43 +105,26 @@ def describe(pair: Pair) -> str:
 
 
 def build(pairs: list[Pair]) -> gr.Blocks:
-    def answer(path: str | None) -> tuple:
-        if path is None:
-            raise gr.Error("Upload an image first.")
-        try:
-            image = open_image(path)
-        except UserError as error:
-            raise gr.Error(str(error)) from None
-        shown: list = [image]
+    def answer(image: Image.Image) -> list:
+        shown = []
         for pair in pairs:
             pixels = pair.processor(image, return_tensors="pt").pixel_values
             for model in pair.models().values():
-                if model is None:
-                    shown += [{}, "The dense network is not at hand."]
-                    continue
-                shown += classify(model, pixels)
-        return tuple(shown)
+                shown += [{}, "The dense network is not at hand."] if model is None else classify(model, pixels)
+        return shown
 
+    titles = {}
+    for pair in pairs:
+        for name in pair.models():
+            titles[f"{pair.recipe}-{name}"] = f"{name} ({pair.recipe}'s)" if name == "dense" else name
     with gr.Blocks(title="Pruning at initialisation", analytics_enabled=False) as app:
         gr.Markdown("# Pruning at initialisation\nNetworks that were made small before they were trained.")
-        with gr.Row():
-            with gr.Column(scale=1):
-                upload = gr.UploadButton("Upload an image", file_types=["image"], variant="primary", elem_id="upload")
-                picture = gr.Image(label="Image", interactive=False, height=220, elem_id="picture")
-            outputs = [picture]
-            for pair in pairs:
-                for name in pair.models():
-                    with gr.Column(scale=1):
-                        title = f"{name} ({pair.recipe}'s)" if name == "dense" else name
-                        outputs.append(gr.Label(label=title, elem_id=f"{pair.recipe}-{name}"))
-                        outputs.append(gr.Markdown(elem_id=f"{pair.recipe}-{name}-time"))
-        upload.upload(answer, upload, outputs, concurrency_limit=1)
+        upload_row(titles, answer)
         for pair in pairs:
             with gr.Tab(pair.recipe):
                 gr.Markdown(describe(pair), elem_id=f"{pair.recipe}-facts")
                 gr.Plot(draw_architecture(pair), label="Before and after", elem_id=f"{pair.recipe}-architecture")
-                for file in sorted((pair.folder / "plots").glob("*.png")):
-                    gr.Image(str(file), label=file.stem.replace("-", " ").replace("_", " "), interactive=False)
+                show_plots(pair.folder)
         labels = pairs[0].model.config.id2label
         examples = [str(labels[i]) for i in sorted(labels, key=int)]
         gr.Markdown(f"The networks know {len(examples)} classes: {', '.join(examples)}; of anything else they guess.")
