@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, check_finite, open_tensors, resolve_model
-from recipes.common.data import Text, calibration_windows, load_text
+from recipes.common.data import CalibrationText, Text, calibration_windows, load_text
 from recipes.common.evaluation import check_tasks, over_runs, perplexity, run_tasks
 from recipes.common.kv_allocation import Group, cluster, pareto_pairs, print_layers, singles
 from recipes.common.kv_measure import (
@@ -82,7 +82,7 @@ HELD = 16  # windows to choose on, at most: log-probabilities over the whole voc
 
 
 @dataclass
-class KVTuner(Recipe):
+class KVTuner(CalibrationText, Recipe):
     """Search the widths of the KV cache layer by layer; the weights stay as they are."""
 
     mode: str = field(
@@ -112,12 +112,6 @@ class KVTuner(Recipe):
             " hub), or module:function called with model and tokenizer"
         },
     )
-    calibration: str = field(
-        default="wikipedia", metadata={"help": "calibration text: wikipedia, a .txt/.jsonl file, or a Hub dataset id"}
-    )
-    calibration_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
-    calibration_split: str = field(default="train", metadata={"help": "split of a Hub dataset"})
-    calibration_column: str = field(default="text", metadata={"help": "text column of a Hub dataset or .jsonl file"})
     calib_samples: int = field(default=20, metadata={"help": "prompts on which the errors of the layers are measured"})
     nsamples: int = field(
         default=4,
@@ -381,12 +375,7 @@ class KVTuner(Recipe):
         if self.tasks != ["none"]:
             check_tasks(self.tasks)
         tokenizer = AutoTokenizer.from_pretrained(base.path)
-        text = load_text(
-            self.calibration,
-            config=self.calibration_config,
-            split=self.calibration_split,
-            column=self.calibration_column,
-        )
+        text = self.calibration_text()
         seeds = list(range(self.seed, self.seed + self.seeds))
         total = self.calib_samples + self.nsamples + min(self.nsamples, HELD)
         windows = {seed: calibration_windows(text, tokenizer, total, self.seqlen, seed) for seed in seeds}

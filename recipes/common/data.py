@@ -9,7 +9,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
@@ -66,6 +66,26 @@ def _text(name: str, version: str, license: str | None, text: str) -> Text:
         raise UserError(f"--calibration {name}: the text is empty; name one that holds text.")
     raw = text.encode()
     return Text(name, version, hashlib.sha256(raw).hexdigest(), len(raw), license, text)
+
+
+@dataclass
+class CalibrationText:
+    """Flags of a recipe that calibrates on text."""
+
+    calibration: str = field(
+        default="wikipedia", metadata={"help": "calibration text: wikipedia, a .txt/.jsonl file, or a Hub dataset id"}
+    )
+    calibration_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    calibration_split: str = field(default="train", metadata={"help": "split of a Hub dataset"})
+    calibration_column: str = field(default="text", metadata={"help": "text column of a Hub dataset or .jsonl file"})
+
+    def calibration_text(self) -> Text:
+        return load_text(
+            self.calibration,
+            config=self.calibration_config,
+            split=self.calibration_split,
+            column=self.calibration_column,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ windows

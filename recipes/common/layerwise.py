@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common import report as reports
 from recipes.common.base_models import BaseModel, check_finite, resolve_model
-from recipes.common.data import Text, calibration_windows, evaluation_windows, load_text
+from recipes.common.data import CalibrationText, Text, calibration_windows, evaluation_windows, load_text
 from recipes.common.evaluation import check_tasks, compare_speed, perplexity, ratio, run_tasks
 from recipes.common.pruners import LayerStats
 from recipes.common.runner import Recipe, World, cached_json, check_resources, open_state, pin_inputs, world
@@ -37,15 +37,9 @@ BATCH = 4  # calibration windows that run through a block together
 
 
 @dataclass
-class LayerwiseRecipe(Recipe):
+class LayerwiseRecipe(CalibrationText, Recipe):
     """Flags shared by recipes that compress a causal LM matrix by matrix."""
 
-    calibration: str = field(
-        default="wikipedia", metadata={"help": "calibration text: wikipedia, a .txt/.jsonl file, or a Hub dataset id"}
-    )
-    calibration_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
-    calibration_split: str = field(default="train", metadata={"help": "split of a Hub dataset"})
-    calibration_column: str = field(default="text", metadata={"help": "text column of a Hub dataset or .jsonl file"})
     nsamples: int = field(default=32, metadata={"help": "calibration windows"})
     seqlen: int = field(default=512, metadata={"help": "tokens per calibration window"})
     include: str = field(default="", metadata={"help": "compress only linears whose name matches this regex"})
@@ -116,12 +110,7 @@ class LayerwiseRecipe(Recipe):
         streamed = StreamedModel(base.path, self.device)
         modules = self.modules(streamed)
         tokenizer = AutoTokenizer.from_pretrained(base.path)
-        text = load_text(
-            self.calibration,
-            config=self.calibration_config,
-            split=self.calibration_split,
-            column=self.calibration_column,
-        )
+        text = self.calibration_text()
         tokens = {
             seed: calibration_windows(text, tokenizer, self.nsamples, self.seqlen, seed)
             for seed in range(self.seed, self.seed + self.seeds)
