@@ -300,6 +300,7 @@ SMALL = {
     "--tasks": "none",
     "--dtype": "float32",
     "--curve_points": 1,
+    "--backend": "gptq",
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
