@@ -22,6 +22,7 @@ class PackedBitsLinear(PackedLinear):
     """
 
     values_name = "scales"
+    siblings = None  # see siblings.py
 
     def __init__(
         self, in_features, out_features, bias=True, bits=4, group_size=64, zeros="integer", dtype=None, device=None
@@ -50,6 +51,10 @@ class PackedBitsLinear(PackedLinear):
             tensor.zero_()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.siblings is not None and not torch.compiler.is_compiling():
+            y = self.siblings.product(self, x)
+            if y is not None:
+                return y
         return packed_linear(
             x, self.qweight, self.scales, self.zeros, self.bias, bits=self.bits, group_size=self.group_size
         )

@@ -10,6 +10,7 @@ from .block_sparse import BlockSparseLinear
 from .packed_bits import PackedBitsLinear
 from .packed_linear import PackedLayer
 from .seeded_bitmask import SeededBitmaskConv2d, SeededBitmaskLinear
+from .siblings import join_siblings
 
 SEEDED = {"nnz", "seed", "layer", "generator", "sha256"}
 
@@ -40,6 +41,7 @@ def pack_layers(model: nn.Module, modules: dict[str, dict]) -> None:
         if layer is None or isinstance(layer, PackedLayer):
             raise UserError(f"module {name} of the compression config is not a dense layer of this model.")
         model.set_submodule(name, _packed_like(name, layer, spec))
+    join_siblings(model)
 
 
 def _packed_like(name: str, layer: nn.Linear | nn.Conv2d, spec: dict) -> PackedLayer:

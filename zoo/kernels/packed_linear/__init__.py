@@ -2,12 +2,13 @@
 
 import ctypes
 import functools
+import itertools
 
 import torch
 from torch import Tensor
 
 from ..build import DTYPES, integers, level, library, pointer
-from ..ops import SKINNY, check_floats, define, linear_shape, on_gpu, scratch
+from ..ops import SKINNY, check_floats, define, define_plain, linear_shape, on_gpu, scratch
 from .gpu import packed_linear_triton
 from .reference import check_format, dequantize
 from .reference import packed_linear as packed_linear_reference
@@ -34,31 +35,9 @@ def _compute(
     x, qweight, scales = x.contiguous(), qweight.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     bias = None if bias is None else bias.contiguous()
-    zeros_kind = 0 if zeros is None else 1 if zeros.dtype == torch.uint8 else 2
     out = x.new_empty(*x.shape[:-1], d_out)
-    digits = 1 if int8 else 3 if x.dtype == torch.float32 else 2
-    n = x.numel() // d_in
-    skinny = n <= SKINNY
-    if skinny:
-        skinny = not lib.slimzoo_packed_linear(
-            x.data_ptr(),
-            qweight.data_ptr(),
-            scales.data_ptr(),
-            None if zeros is None else zeros.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            n,
-            d_out,
-            d_in,
-            scales.shape[1],
-            bits,
-            zeros_kind,
-            digits,
-            DTYPES[x.dtype],
-            level(),
-            torch.get_num_threads(),
-        )
-    if not skinny:  # many rows, or NaN or Inf in x, which have no fixed-point form
+    zeros_kind = _zeros_kind(zeros)
+    if not _skinny(lib, x, [(qweight, scales, zeros, bias, out)], bits, int8):
         rows, result, sizes = x.view(-1, d_in), out.view(-1, d_out), integers(d_in, scales.shape[1])
         tile_rows = max(1, min(d_out, TILE_BYTES // (d_in * x.element_size())))
         tile = scratch("tile", (tile_rows, d_in), x.dtype)
@@ -82,13 +61,47 @@ def _compute(
     return out
 
 
+def _zeros_kind(zeros: Tensor | None) -> int:
+    return 0 if zeros is None else 1 if zeros.dtype == torch.uint8 else 2
+
+
+def _skinny(lib: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor | None, ...]], bits: int, int8: bool) -> bool:
+    """Products of a few rows of x straight from the codes, into the last of each (qweight, scales, zeros, bias, out).
+
+    False, and nothing is written, for many rows, or NaN or Inf in x, which have no fixed-point form.
+    """
+    d_in = x.shape[-1]
+    n = x.numel() // d_in
+    if n > SKINNY:
+        return False
+    fields = []
+    for qweight, *others in matrices:
+        fields += [0 if tensor is None else tensor.data_ptr() for tensor in (qweight, *others)]
+        fields.append(len(qweight))
+    _, scales, zeros, _, _ = matrices[0]
+    return not lib.slimzoo_packed_linear(
+        x.data_ptr(),
+        (ctypes.c_int64 * len(fields))(*fields),  # struct Matrix of cpu.cpp
+        len(matrices),
+        n,
+        d_in,
+        scales.shape[1],
+        bits,
+        _zeros_kind(zeros),
+        1 if int8 else 3 if x.dtype == torch.float32 else 2,
+        DTYPES[x.dtype],
+        level(),
+        torch.get_num_threads(),
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; the types of the arguments, once said, make a call with plain integers cheap."""
     lib = library("packed_linear")
     if lib is not None:
-        sizes = [ctypes.c_int64] * 4  # n, d_out, d_in, groups
-        lib.slimzoo_packed_linear.argtypes = [ctypes.c_void_p] * 6 + sizes + [ctypes.c_int] * 6
+        sizes = [ctypes.c_int64] * 4  # count, n, d_in, groups
+        lib.slimzoo_packed_linear.argtypes = [ctypes.c_void_p] * 2 + sizes + [ctypes.c_int] * 6
     return lib
 
 
@@ -100,6 +113,33 @@ _op = define(
     lambda x, qweight, scales, zeros, bias, bits, group_size, int8: dequantize(
         qweight, scales, zeros, bits, group_size, x.shape[-1]
     ),
+)
+
+
+def _compute_shared(
+    x: Tensor,
+    qweights: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor | None],
+    biases: list[Tensor | None],
+    bits: int,
+    group_size: int,
+) -> list[Tensor]:
+    lib = _library() if x.device.type == "cpu" and x.numel() else None
+    packed = list(zip(qweights, scales, zeros, biases, strict=True))
+    if lib is not None and all(t is None or t.is_contiguous() for t in (x, *itertools.chain(*packed))):
+        outs = [x.new_empty(*x.shape[:-1], len(qweight)) for qweight in qweights]
+        if _skinny(lib, x, [(*row, out) for row, out in zip(packed, outs, strict=True)], bits, False):
+            return outs
+    return [_compute(x, *row, bits, group_size, False) for row in packed]
+
+
+_shared_op = define_plain(
+    "packed_linears",
+    "(Tensor x, Tensor[] qweights, Tensor[] scales, Tensor?[] zeros, Tensor?[] biases, int bits, int group_size)"
+    " -> Tensor[]",
+    _compute_shared,
+    lambda x, qweights, *_: [linear_shape(x, len(qweight)) for qweight in qweights],
 )
 
 
@@ -122,6 +162,26 @@ def packed_linear(
     faster; otherwise x keeps at least the precision of its dtype relative to the largest input of a chunk.
     Raises: ValueError when shapes, dtypes or devices do not fit.
     """
+    _check(x, qweight, scales, zeros, bias, bits, group_size)
+    return _op(x, qweight, scales, zeros, bias, bits, group_size, int8)
+
+
+def packed_linears(
+    x: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], *, bits: int, group_size: int
+) -> list[Tensor]:
+    """[packed_linear(x, *weight)] of matrices (qweight, scales, zeros, bias) of one format that read the same x, to the bit;
+    on a CPU in one call, which prepares x once. For inference: no gradients. Raises: ValueError as packed_linear.
+    """
+    for weight in weights:
+        _check(x, *weight, bits, group_size)
+    if len({None if zeros is None else zeros.dtype for _, _, zeros, _ in weights}) > 1:
+        raise ValueError("packed_linears: the zeros of all matrices must be of one kind")
+    return _shared_op(x, *map(list, zip(*weights, strict=True)), bits, group_size)
+
+
+def _check(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> None:
     floats = {"scales": scales, "bias": bias}
     if zeros is not None and zeros.dtype != torch.uint8:
         floats["zeros"] = zeros
@@ -140,4 +200,3 @@ def packed_linear(
         raise ValueError(f"packed_linear: zeros must be ({d_out}, {groups})")
     if not (bias is None or bias.shape == (d_out,)):
         raise ValueError(f"packed_linear: bias must be ({d_out},)")
-    return _op(x, qweight, scales, zeros, bias, bits, group_size, int8)

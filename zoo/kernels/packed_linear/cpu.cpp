@@ -40,10 +40,6 @@ struct Weight {
   }
 };
 
-#ifndef ATO
-#define ATO 4
-#endif
-static const int AT_ONCE = ATO;       // rows of the weight that share each load of x, with AVX-512
 static const int64_t BLOCK = 16;  // rows whose scales are converted together
 #define INLINE inline __attribute__((always_inline))
 
@@ -502,13 +498,19 @@ TARGET_AVX512 inline void scale_codes(const Weight& w, const uint8_t* codes, con
 
 // ------------------------------------------------------------------------------------------------------ entry points
 
-// y (n, d_out) = x (n, d_in) W^T + bias; x, scales, float zeros, bias and y of one dtype. Returns 0, or 1 with y untouched
-// when x holds NaN or Inf, which have no fixed-point form.
-extern "C" int slimzoo_packed_linear(const void* x, const uint8_t* qweight, const void* scales, const void* zeros,
-                                     const void* bias, void* y, int64_t n, int64_t d_out, int64_t d_in, int64_t groups,
-                                     int bits, int zeros_kind, int digits, int dtype, int level,
+struct Matrix {
+  const uint8_t* codes;
+  const void *scales, *zeros, *bias;
+  void* y;  // (n, d_out)
+  int64_t d_out;
+  int64_t blocks() const { return (d_out + BLOCK - 1) / BLOCK; }
+};
+
+// y (n, d_out) = x (n, d_in) W^T + bias of `count` matrices that read the same x and are of one format; x, scales, float
+// zeros, biases and y of one dtype. Returns 0, or 1 with y untouched when x holds NaN or Inf, which have no fixed-point form.
+extern "C" int slimzoo_packed_linear(const void* x, const Matrix* matrices, int64_t count, int64_t n, int64_t d_in,
+                                     int64_t groups, int bits, int zeros_kind, int digits, int dtype, int level,
                                      int threads) {
-  Weight w{qweight, scales, zeros, d_in, groups, bits, zeros_kind, dtype};
   FixedPoint fixed(n, d_in, digits);
   Digits laid[2];
 #ifdef X86
@@ -526,21 +528,29 @@ extern "C" int slimzoo_packed_linear(const void* x, const uint8_t* qweight, cons
     for (int p = 0; p < 2 && PLANES[bits][p]; p++) where[p] = Groups(d_in, groups, PLANES[bits][p]);
     sums = fixed.group_sums(groups);
   }
-  const avx512::Call call{w, laid, where, sums};
 #endif
+  int64_t blocks = 0;
+  for (int64_t m = 0; m < count; m++) blocks += matrices[m].blocks();
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> scale(std::max(stride, BLOCK * (groups + TILE))), zero(stride), t(MAX_VECTORS * stride);
     std::vector<uint8_t> codes(level >= AVX2 ? 0 : d_in);
 #pragma omp for schedule(static)
-    for (int64_t block = 0; block < (d_out + BLOCK - 1) / BLOCK; block++) {
-      int64_t i = block * BLOCK;
+    for (int64_t block = 0; block < blocks; block++) {
+      const Matrix* m = matrices;
+      int64_t before = 0;
+      while (block >= before + m->blocks()) before += m++->blocks();
+      const Weight w{m->codes, m->scales, m->zeros, d_in, groups, bits, zeros_kind, dtype};
+#ifdef X86
+      const avx512::Call call{w, laid, where, sums};
+#endif
+      int64_t i = (block - before) * BLOCK, d_out = m->d_out;
       int rows = (int)std::min<int64_t>(BLOCK, d_out - i);
       float out[BLOCK * MAX_VECTORS];
-      for (int64_t first = 0, count; first < n; first += count) {
-        for (count = MAX_VECTORS; count > n - first;) count /= 2;  // 8, 4, 2 or 1 at a time
+      for (int64_t first = 0, some; first < n; first += some) {
+        for (some = MAX_VECTORS; some > n - first;) some /= 2;  // 8, 4, 2 or 1 at a time
 #ifdef X86
-        if (level >= AVX512) avx512::block_dots(call, digits, i, rows, first, (int)count, scale.data(), out);
+        if (level >= AVX512) avx512::block_dots(call, digits, i, rows, first, (int)some, scale.data(), out);
 #endif
         if (level < AVX512)
           for (int r = 0; r < rows; r++) {
@@ -548,19 +558,19 @@ extern "C" int slimzoo_packed_linear(const void* x, const uint8_t* qweight, cons
             w.row(i + r, scale.data(), zero.data());
 #ifdef X86
             if (level == AVX2) {
-              for (int64_t b = 0; b < count; b++)
+              for (int64_t b = 0; b < some; b++)
                 for (int64_t c = 0; c < chunks; c++) t[b * stride + c] = scale[c] * fixed.scale[(first + b) * stride + c];
-              avx2::dots(w, i + r, fixed, laid, first, (int)count, t.data(), to);
+              avx2::dots(w, i + r, fixed, laid, first, (int)some, t.data(), to);
             }
 #endif
-            if (level < AVX2) portable::dots(w, i + r, fixed, first, (int)count, scale.data(), codes.data(), to);
-            for (int b = 0; b < count; b++)
+            if (level < AVX2) portable::dots(w, i + r, fixed, first, (int)some, scale.data(), codes.data(), to);
+            for (int b = 0; b < some; b++)
               for (int64_t c = 0; c < chunks; c++) to[b] -= scale[c] * zero[c] * fixed.scale_sum[(first + b) * stride + c];
           }
         for (int r = 0; r < rows; r++)
-          for (int b = 0; b < count; b++) {
-            float add = bias ? load_float(bias, i + r, dtype) : 0;
-            store_float(y, (first + b) * d_out + i + r, out[r * MAX_VECTORS + b] + add, dtype);
+          for (int b = 0; b < some; b++) {
+            float add = m->bias ? load_float(m->bias, i + r, dtype) : 0;
+            store_float(m->y, (first + b) * d_out + i + r, out[r * MAX_VECTORS + b] + add, dtype);
           }
       }
     }
