@@ -30,17 +30,6 @@ SHAPES = [  # d_out, d_in, block: whole, ragged, of few outputs, wider than a re
 TOKENS = [1, 2, 5, 8, 9, 14, 15, 43]  # vectors of the dot products, then micro-tiles, whole and uneven
 
 
-@pytest.fixture
-def simd(monkeypatch):
-    def choose(name):
-        monkeypatch.setenv("SLIMZOO_SIMD", name)
-        build.level.cache_clear()
-
-    yield choose
-    monkeypatch.undo()
-    build.level.cache_clear()
-
-
 def example(d_out, d_in, block, density=0.5, dtype=torch.float32, seed=0):
     """(the dense weight with zeros in place, its packing, bias); with density 0.5 the second block-row is empty."""
     g = torch.Generator().manual_seed(seed)

@@ -18,17 +18,6 @@ LEVELS = build.LEVELS[: build.library("bitmask_linear").slimzoo_level() + 1]
 WIDTHS = definition.WIDTHS
 
 
-@pytest.fixture
-def simd(monkeypatch):
-    def choose(name):
-        monkeypatch.setenv("SLIMZOO_SIMD", name)
-        build.level.cache_clear()
-
-    yield choose
-    monkeypatch.undo()
-    build.level.cache_clear()
-
-
 def numbers(*shape, dtype=torch.float32, seed=0):
     """Channels that differ by orders of magnitude and have offsets, as keys do."""
     g = torch.Generator().manual_seed(seed)

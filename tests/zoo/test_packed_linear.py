@@ -19,17 +19,6 @@ LEVELS = build.LEVELS[: build.library("bitmask_linear").slimzoo_level() + 1]
 KINDS = ["none", "integer", "float"]
 
 
-@pytest.fixture
-def simd(monkeypatch):
-    def choose(name):
-        monkeypatch.setenv("SLIMZOO_SIMD", name)
-        build.level.cache_clear()
-
-    yield choose
-    monkeypatch.undo()
-    build.level.cache_clear()
-
-
 def weights(d_out, d_in, bits, group, kind, dtype, g):
     """(codes, (qweight, scales, zeros)) of a random weight."""
     codes = torch.randint(0, 2**bits, (d_out, d_in), dtype=torch.uint8, generator=g)
