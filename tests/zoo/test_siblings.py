@@ -1,7 +1,9 @@
 """Layers that share an input compute in one call: the same bits as alone, and alone whenever the input is not the same."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -173,6 +175,29 @@ def test_an_interrupted_forward_leaves_nothing_behind(calls):
         assert_same(other(x), alone(other, x))  # the same tensor, other layers
         assert_same(model(x), alone(model, x))
     assert model.q_proj.siblings.misses == 1 and calls == [3, 3, 3]
+
+
+def test_weights_that_change_between_siblings(calls):
+    model, x = packed(), normal(1, 64)
+    with torch.no_grad():
+        model.q_proj(x)
+        model.k_proj.scales.mul_(2)
+        assert torch.equal(model.k_proj(x), alone(model, x)[1])
+        wanted = alone(model, x)
+        model.k_proj.to(torch.bfloat16)  # another type than its siblings
+        q, k, v = model(x)
+        assert torch.equal(q, wanted[0]) and torch.equal(v, wanted[2]) and k.dtype == torch.bfloat16
+    assert calls == [3]
+
+
+def test_a_model_that_is_gone_is_gone(calls):
+    model, x = packed(), normal(1, 64)
+    with torch.no_grad():
+        model.q_proj(x)  # its siblings are never asked
+    scales = weakref.ref(model.k_proj.scales)
+    del model
+    gc.collect()
+    assert scales() is None
 
 
 def test_threads_do_not_meet(calls):

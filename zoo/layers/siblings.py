@@ -1,7 +1,8 @@
 """Packed layers that read the same input (q, k and v; gate and up) compute in one call when a token is decoded.
 
 The first of them computes for all and keeps what the others will ask for: for this very tensor, unchanged, on this thread.
-Whoever gets another tensor (an adapter's cast, a hook's change) computes alone, so results never depend on it.
+Whoever gets another tensor (an adapter's cast, a hook's change), or has other weights by then, computes alone, so results
+do not depend on it. Changes through `.data`, which torch does not count, are not seen between two siblings.
 """
 
 import threading
@@ -20,11 +21,18 @@ _kept = threading.local()  # .last: the latest call's `_Kept` of this thread, of
 
 
 class _Kept:
-    """Products that siblings have not asked for yet, by their place, and the x they are of, which is not kept alive."""
+    """Products that siblings have not asked for yet, by their place, and what they are of, which is not kept alive."""
 
     def __init__(self, group: "Siblings", x: Tensor, products: list[Tensor]):
-        self.group, self.x, self.version = group, weakref.ref(x), x._version
+        self.group, self.x = weakref.ref(group), weakref.ref(x)
+        self.versions = [_versions(x, layer) for layer in group.layers]
         self.products = dict(enumerate(products))
+
+
+def _versions(x: Tensor, layer: PackedBitsLinear) -> tuple[int, ...]:
+    """How often what a product is made of was changed in place."""
+    tensors = (x, layer.qweight, layer.scales, layer.zeros, layer.bias)
+    return tuple(-1 if tensor is None else tensor._version for tensor in tensors)
 
 
 class Siblings:
@@ -39,16 +47,22 @@ class Siblings:
             return None  # gradients; no count of changes in place; long prompts, and GPUs, gain nothing
         kept = getattr(_kept, "last", None)
         if layer is not self.layers[0]:
-            if kept is None or kept.group is not self or kept.x() is not x or kept.version != x._version:
+            if kept is None or kept.group() is not self or kept.x() is not x:
                 return None
-            y = kept.products.pop(self.layers.index(layer), None)
+            place = self.layers.index(layer)
+            if kept.versions[place] != _versions(x, layer):
+                return None
+            y = kept.products.pop(place, None)
             if not kept.products:
                 _kept.last = None
             return y
         if kept is not None:  # nobody asked for what was computed last
-            kept.group.misses += 1
             _kept.last = None
-        if self.misses > MISSES or not all(sibling.scales.is_cpu for sibling in self.layers):  # some may be offloaded
+            if (group := kept.group()) is not None:
+                group.misses += 1
+        if self.misses > MISSES:
+            return None
+        if not all(sib.scales.is_cpu and sib.dtype == x.dtype for sib in self.layers):  # some offloaded, some cast
             return None
         weights = [(sib.qweight, sib.scales, sib.zeros, sib.bias) for sib in self.layers]
         _kept.last = _Kept(self, x, packed_linears(x, weights, bits=layer.bits, group_size=layer.group_size))
