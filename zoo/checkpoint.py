@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .layers.packed_linear import REBUILD, PackedLinear
+from .layers.base import REBUILD, PackedLinear
 from .models import slim_class_for, slim_class_of
 
 SHARD_BYTES = 5 * 10**9

@@ -8,9 +8,9 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedModel
 
-from .card import CARDS, rival_name
 from .errors import UserError
-from .report_schema import read_report
+from .record.card import CARDS, rival_name
+from .record.schema import read_report
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def find_dense(name: str | None, report: dict) -> str:
     if name:
         return name
     try:
-        from recipes.common.base_models import resolve_model
+        from recipes.common.data.base_models import resolve_model
     except ImportError:
         return report["base_model"]["id"]
     return str(resolve_model(report["config"]["model"], report["config"].get("revision"), compressed=True).path)

@@ -30,7 +30,7 @@ SECRET = f"{QUESTION} 48213."
 def default_document(checkpoint: Path) -> str:
     """Paragraphs of SQuAD where its data is at hand, else the checkpoint's own card; a code is hidden in the middle."""
     try:
-        from recipes.common.assets import asset_path
+        from recipes.common.data.assets import asset_path
 
         articles = json.loads(asset_path("squad-dev").read_text(encoding="utf-8"))["data"]
         paragraphs = [article["paragraphs"][0]["context"] for article in articles[:8]]

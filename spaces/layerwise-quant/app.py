@@ -19,11 +19,12 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from recipes.common.bit_plans import parse_levels, pinned, plan_bits
-from recipes.common.quantizers import rtn
 from recipes.layerwise_quant import LayerwiseQuant
+from recipes.layerwise_quant.plans import parse_levels, pinned, plan_bits
+from recipes.layerwise_quant.quantizers import rtn
 from zoo.kernels.packed_linear.reference import pack_codes
 from zoo.layers.packing import pack_layers
+from zoo.record.verify import layer_bytes
 from zoo.spaces import (
     MAX_NEW_TOKENS,
     MAX_PROMPT,
@@ -34,7 +35,6 @@ from zoo.spaces import (
     find_dense,
     show_plots,
 )
-from zoo.verify import layer_bytes
 
 LOCAL = Path("runs/layerwise-quant")
 HUB_ID = "slimzoo/smollm2-135m-instruct-layerwise-quant"

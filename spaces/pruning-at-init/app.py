@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 import zoo  # noqa: F401 (registers the model classes)
-from zoo.card import format_bytes, format_metric, metric_title
 from zoo.errors import UserError
+from zoo.record.card import format_bytes, format_metric, metric_title
 from zoo.spaces import classify, find_checkpoint, show_plots, upload_row
 
 CHECKPOINTS = {  # where a recipe leaves its checkpoint, and its Hub repository

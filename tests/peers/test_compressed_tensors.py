@@ -1,18 +1,13 @@
 """Our compressed-tensors exports in stock transformers and in the package's own unpacker. `make test-peers`."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
+from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
-from tiny_models import Packing, make_base
-
-from recipes.common.export import export_compressed_tensors
+from recipes.common.export.engines import export_compressed_tensors
 from zoo.kernels.packed_linear.reference import unpack_codes
 
 IDS = torch.tensor([[5, 60, 7, 200, 31, 9, 101, 77]])

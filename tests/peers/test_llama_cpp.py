@@ -1,22 +1,18 @@
 """Our GGUF exports run in llama.cpp itself and give the packed model's logits. `make test-peers`."""
 
 import json
-import sys
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
 import torch
+from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "zoo"))
-from tiny_models import Packing, make_base
-
 import zoo  # noqa: F401  (registers the slim classes)
-from recipes.common.export import export_gguf
-from recipes.common.runner import main
-from recipes.common.tools import export_as
+from recipes.common.core.cli import export_as
+from recipes.common.core.recipe import main
+from recipes.common.export.engines import export_gguf
 
 PROMPT = "The river rises in the mountains and flows past three old towns before it reaches the sea. In spring the"
 

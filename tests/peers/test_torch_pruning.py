@@ -2,22 +2,18 @@
 
 import copy
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch_pruning as tp
+from test_precropping import train_digits
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-from test_precropping import train_digits
-
-from recipes.common.architectures import fresh_model
-from recipes.common.crop_rules import synexp_channels
-from recipes.common.width_fit import Budget, fit_widths, width_limits
-from recipes.common.width_graph import width_graph
+from recipes.common.data.architectures import fresh_model
+from recipes.common.parts.width_fit import Budget, fit_widths, width_limits
+from recipes.common.parts.width_graph import width_graph
 from recipes.precropping import initialised, resized
+from recipes.precropping.crop_rules import synexp_channels
 
 MODELS = ["resnet-14", "resnet-50", "mobilenet-v2-0.35", "vgg-11"]
 

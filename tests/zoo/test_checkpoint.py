@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import zoo
 from zoo.checkpoint import atomic_folder, load_compression, read_checkpoint_sizes
 from zoo.errors import UserError
-from zoo.layers.packed_linear import PackedLinear
+from zoo.layers.base import PackedLinear
 from zoo.models import slim_class_for
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5]])

@@ -12,11 +12,11 @@ from example_report import write_run
 from huggingface_hub import ModelCard
 
 import zoo
-from recipes.common import plots, readme
-from recipes.common.runner import recipe_names
+from recipes.common.core import plots, readme
+from recipes.common.core.recipe import recipe_names
 from zoo import registry
-from zoo.card import render_card
 from zoo.errors import UserError
+from zoo.record.card import render_card
 from zoo.registry import ENTRIES, find_entry, list_models, load
 
 ARMOR = "smollm2-135m-instruct-armor-2:4"

@@ -5,7 +5,7 @@ import torch
 from ..errors import UserError
 from ..kernels.armor_linear import armor_linear
 from ..kernels.bitmask_linear.reference import unpack_bitmask
-from .packed_linear import PackedLinear, check_mask, check_pattern, valid_mask
+from .base import PackedLinear, check_mask, check_pattern, valid_mask
 
 
 class ArmorLinear(PackedLinear):

@@ -5,7 +5,7 @@ import torch
 from ..errors import UserError
 from ..kernels.bitmask_linear import bitmask_linear
 from ..kernels.bitmask_linear.reference import unpack_bitmask
-from .packed_linear import REBUILD, PackedLinear, check_mask, check_pattern, valid_mask
+from .base import REBUILD, PackedLinear, check_mask, check_pattern, valid_mask
 
 
 class BitmaskLinear(PackedLinear):

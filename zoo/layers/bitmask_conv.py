@@ -5,8 +5,8 @@ import torch
 from ..errors import UserError
 from ..kernels.bitmask_linear.reference import unpack_bitmask
 from ..kernels.sparse_conv2d import sparse_conv2d
+from .base import PackedConv2d, check_mask
 from .bitmask import check_offsets, keep_first
-from .packed_linear import PackedConv2d, check_mask
 
 
 class BitmaskConv2d(PackedConv2d):

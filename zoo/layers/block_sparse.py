@@ -5,7 +5,7 @@ import torch
 from ..errors import UserError
 from ..kernels.block_sparse_linear import BLOCK_SIZES, block_sparse_linear
 from ..kernels.block_sparse_linear.reference import unpack_blocks
-from .packed_linear import REBUILD, PackedLinear
+from .base import REBUILD, PackedLinear
 
 
 class BlockSparseLinear(PackedLinear):

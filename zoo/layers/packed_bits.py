@@ -5,7 +5,7 @@ import torch
 from ..errors import UserError
 from ..kernels.packed_linear import packed_linear
 from ..kernels.packed_linear.reference import check_format, dequantize
-from .packed_linear import REBUILD, PackedLinear
+from .base import REBUILD, PackedLinear
 
 ZEROS = ("integer", "float", "none")
 

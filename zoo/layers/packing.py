@@ -4,11 +4,11 @@ from torch import nn
 
 from ..errors import UserError
 from .armor import ArmorLinear
+from .base import PackedLayer
 from .bitmask import BitmaskLinear
 from .bitmask_conv import BitmaskConv2d
 from .block_sparse import BlockSparseLinear
 from .packed_bits import PackedBitsLinear
-from .packed_linear import PackedLayer
 from .seeded_bitmask import SeededBitmaskConv2d, SeededBitmaskLinear
 from .siblings import join_siblings
 

@@ -7,7 +7,7 @@ from ..kernels.bitmask_linear import bitmask_linear
 from ..kernels.bitmask_linear.reference import pack_bitmask, unpack_bitmask
 from ..kernels.sparse_conv2d import sparse_conv2d
 from ..random_mask import GENERATOR, SEEDS, digest, random_mask
-from .packed_linear import REBUILD, PackedConv2d, PackedLinear
+from .base import REBUILD, PackedConv2d, PackedLinear
 
 
 def seeded_bitmask(rows: int, columns: int, seed: int, layer: int, nnz: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..bundle import bundle_stem, write_bundle
 from ..errors import UserError
-from ..layers.packed_linear import REBUILD, PackedLayer
+from ..layers.base import REBUILD, PackedLayer
 from ..layers.packing import pack_layers
 
 FORMAT_VERSION = 1

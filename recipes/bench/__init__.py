@@ -1,0 +1,1 @@
+"""Speed, measured: kernels, whole models, other engines beside ours."""

@@ -1,0 +1,1 @@
+"""What carries every recipe: flags and verbs, the one run, its state, reports, plots, commands."""

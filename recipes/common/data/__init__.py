@@ -1,0 +1,1 @@
+"""Texts, images and base models: pinned packages, folders, the Hub."""

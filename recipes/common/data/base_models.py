@@ -1,0 +1,309 @@
+"""Base models: a Hub id, a folder, or one of the offline aliases, always as a folder of safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from filelock import FileLock
+from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import GgufConfig
+
+from recipes.common.data.assets import ASSETS, asset_path, cache_folder
+from zoo.checkpoint import atomic_folder, read_checkpoint_sizes
+from zoo.errors import UserError
+
+# Of a Hub repository only the top folder's weights, config, tokenizer and card; never pickles, code or other formats.
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
+HUB_IGNORED = ["*/*", "consolidated*"]  # `consolidated` repeats the weights in another layout
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+DEGRID_SIGMA = 0.1
+DEGRID_SEED = 0
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a recipe starts from, and what its report says of it."""
+
+    id: str  # the Hub id that cards name; a folder's name for a local model
+    path: Path
+    revision: str | None  # the Hub commit, or the package that an alias was converted from
+    sha256: str  # of model.safetensors; of several files: of the output of `sha256sum` on them, in name order
+    parameters: int  # numbers in the weights files, so tied weights count once
+    license: str | None
+    model_type: str
+    notes: tuple[str, ...] = ()  # what a reader of the report must know about these weights
+
+
+def resolve_model(model: str, revision: str | None = None, *, compressed: bool = False) -> BaseModel:
+    """The base model as a local folder of dense safetensors; no weight is loaded, all of them are hashed.
+
+    Args:
+        model: an alias of `ALIASES` (converted once and cached), a folder, or a Hub id (downloaded and cached).
+        revision: branch, tag or commit; for a Hub id only.
+        compressed: a checkpoint of this zoo will do too, for methods that leave the weights as they are.
+
+    Raises:
+        UserError: nothing of that name can be reached; the weights are not safetensors, damaged, incomplete, quantised
+            or compressed already; transformers does not know the model's type.
+    """
+    folder = Path(model)
+    if revision is not None and (model in ALIASES or folder.is_dir()):
+        raise UserError(f"--revision {revision}: only a Hub id has revisions, --model {model} is local; leave it out.")
+    if model in ALIASES:
+        make, notes = ALIASES[model]
+        asset = ASSETS["smollm2-135m-instruct"]
+        folder = _make_once(cache_folder("models") / model, make)
+        return _describe(folder, "HuggingFaceTB/SmolLM2-135M-Instruct", asset.package, asset.license, notes)
+    if folder.is_dir():
+        return _describe(folder, folder.resolve().name, None, compressed=compressed)
+    folder = _download(model, revision)
+    return _describe(folder, model, folder.name, compressed=compressed)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """The snapshot folder of a Hub repository; its name is the commit."""
+    known = f"nor an alias ({', '.join(ALIASES)})"
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+    except RevisionNotFoundError:
+        reason = f"--revision {revision}: the Hub repository {model} has no such branch, tag or commit."
+    except GatedRepoError:
+        reason = f"--model {model}: the Hub asks to accept its terms first; do so on its page and run `hf auth login`."
+    except (HFValidationError, RepositoryNotFoundError):
+        reason = f"--model {model}: not a folder, {known}, nor a Hub id that you can see (`hf auth login` if private)."
+    except LocalEntryNotFoundError:
+        reason = (
+            f"--model {model}: not a folder {known}, and as a Hub id it is not cached and the Hub is not reachable."
+        )
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"--model {model}: not a folder {known}, and fetching it failed ({str(error).splitlines()[0]})."
+    raise UserError(reason)
+
+
+def _describe(
+    folder: Path,
+    name: str,
+    revision: str | None,
+    license: str | None = None,
+    notes: tuple[str, ...] = (),
+    compressed: bool = False,
+) -> BaseModel:
+    """Reads what there is to know of a model folder, and refuses what no recipe can start from."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = str(config.get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"--model {name}: {folder} has no readable config.json; name a model folder.") from None
+    packed = "compression_config" in config
+    if packed and not compressed:
+        raise UserError(
+            f"--model {name}: it is a compressed checkpoint already; name the dense model it was made from."
+        )
+    if "quantization_config" in config:
+        raise UserError(f"--model {name}: its weights are quantised; name the dense model it was made from.")
+    if packed:
+        model_type = model_type.removeprefix("slim_")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"--model {name}: model_type {model_type!r} is unknown to this transformers; update it or name another"
+            " model (code from a model's folder is never run)."
+        )
+    tensors = open_tensors(folder)
+    parameters = sum(math.prod(tensors.shape(key)) for key in tensors)
+    if packed:
+        parameters = read_checkpoint_sizes(folder)["parameters"]
+    return BaseModel(
+        name, folder, revision, _hash(tensors.files), parameters, license or _license(folder), model_type, notes
+    )
+
+
+def _hash(files: list[Path]) -> str:
+    lines = []
+    for file in tqdm(files, desc="hashing weights", unit="file", leave=False, delay=2):
+        with file.open("rb") as stream:
+            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {file.name}\n")
+    return lines[0].split()[0] if len(lines) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _license(folder: Path) -> str | None:
+    """As the model card states it; None without a card, or one that cannot be parsed."""
+    try:
+        value = (metadata_load(folder / "README.md") or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+class TensorFiles:
+    """The tensors of a model folder, sharded or not, read one at a time: a mapping from name to file.
+
+    A file is mapped only while a tensor of it is alive, so memory follows the tensors in use, not the model.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.files = _weight_files(self.folder)
+        self._file_of: dict[str, Path] = {}
+        for file in self.files:
+            try:
+                with safe_open(file, "pt") as opened:  # checks that the file is as long as its header says
+                    self._file_of |= dict.fromkeys(opened.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from None
+
+    def keys(self) -> list[str]:
+        return list(self._file_of)
+
+    def __iter__(self):
+        return iter(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, on the CPU. KeyError if there is none of that name."""
+        with safe_open(self._file_of[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        with safe_open(self._file_of[name], "pt") as opened:
+            return opened.get_slice(name).get_shape()
+
+
+def open_tensors(folder: Path) -> TensorFiles:
+    """Lazy access to a model folder's weights. Raises UserError if they are missing, damaged or not safetensors."""
+    return TensorFiles(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that the index names, in name order; as from_pretrained chooses them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        hint = f"{', '.join(pickled)} could run code when unpickled and is never opened; " if pickled else ""
+        raise UserError(
+            f"{folder} has no model.safetensors; {hint}save the model with save_pretrained, which writes safetensors."
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is not an index of weights files; fetch the model again.") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index} names {name!r}, which is not a file of the folder; fetch the model again.")
+    return [folder / name for name in names]
+
+
+def check_finite(folder: Path) -> None:
+    """Reads every weight once, one tensor in memory at a time. Raises UserError naming the first with NaN or Inf."""
+    tensors = open_tensors(folder)
+    for name in tqdm(tensors, desc="checking weights", unit="tensor", leave=False, delay=2):
+        tensor = tensors.get(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{folder}: the weight {name} holds NaN or Inf; such a model cannot be compressed.")
+
+
+# ---------------------------------------------------------------------------------------------------- offline aliases
+
+
+def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make` if it is not there; processes wait for each other, and it appears whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            with atomic_folder(folder) as partial:
+                make(partial)
+    return folder
+
+
+def convert_smollm2(folder: Path) -> None:
+    """Writes the packaged GGUF, dequantised to fp32: 134,515,008 parameters, 538 MB, about half a minute.
+
+    Without GgufConfig(dequantize=True) the weights would be dense too, but the model could not be saved.
+    """
+    gguf = asset_path("smollm2-135m-instruct")
+    print("converting SmolLM2-135M-Instruct from GGUF to safetensors (once)", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def convert_degridded(folder: Path) -> None:
+    """The same function with weights off the 4-bit grid of the GGUF: quantisation recipes and their rivals start here.
+
+    On the grid, 4-bit groups of 32 would be lossless by construction. Input columns are scaled by s = exp(sigma n),
+    n standard normal, and what feeds them is divided by s: q, k, v and gate, up with their RMSNorm; down with up's
+    rows; o with v's rows (s repeated over the query heads of a group). q and k's rows stay: RoPE ties pairs of them.
+    """
+    base = resolve_model("smollm2-135m-instruct")
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(DEGRID_SEED)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            degrid_block(layer, generator)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base.path).save_pretrained(folder)
+
+
+@torch.no_grad()
+def degrid_block(layer: torch.nn.Module, generator: torch.Generator) -> None:
+    """Rescales one LLaMA block in place; see `convert_degridded`."""
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def scales(size: int) -> Tensor:
+        return torch.exp(DEGRID_SIGMA * torch.randn(size, generator=generator))
+
+    for norm, linears in (
+        (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+    ):
+        s = scales(norm.weight.numel())
+        norm.weight /= s
+        for linear in linears:
+            linear.weight *= s
+    s = scales(mlp.down_proj.in_features)
+    mlp.up_proj.weight *= s[:, None]
+    mlp.down_proj.weight /= s
+    s = scales(attention.v_proj.out_features)  # (kv heads * head_dim,)
+    attention.v_proj.weight *= s[:, None]
+    per_head = s.view(-1, 1, attention.head_dim).expand(-1, attention.num_key_value_groups, -1)
+    attention.o_proj.weight /= per_head.reshape(-1)
+
+
+DEQUANTISED = "the base weights are the dequantised Q4_1 GGUF of the model, so the dense reference is that"
+ALIASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "smollm2-135m-instruct": (convert_smollm2, (DEQUANTISED,)),
+    "smollm2-135m-instruct-degridded": (
+        convert_degridded,
+        (DEQUANTISED, "they were rescaled off the 4-bit grid first, which leaves the model's function as it was"),
+    ),
+}

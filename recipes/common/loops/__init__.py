@@ -1,0 +1,1 @@
+"""How results are made: block by block from calibration statistics, or by training."""

@@ -1,0 +1,220 @@
+"""Train an image classifier with transformers' Trainer: masks that stay masks, distillation, resume, several processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+from recipes.common.data.image_batches import ImageTensors
+from zoo.errors import UserError
+
+Masks = dict[str, Tensor]  # {parameter name: bool, True where the weight is kept}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a classifier is trained; the same for dense, compressed and rivals."""
+
+    epochs: int
+    batch_size: int  # over all processes together
+    lr: float
+    optimizer: str = "sgd"  # Nesterov momentum 0.9, or AdamW
+    weight_decay: float = 5e-4  # not on biases and normalisation
+    schedule: str = "cosine"  # to zero, or "step": times 0.1 at every one of `lr_drops`
+    lr_drops: tuple[int, ...] = ()
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    max_grad_norm: float = 0.0  # 0 = gradients are not clipped
+
+    def check(self) -> None:
+        """Raises UserError for impossible values, before any work."""
+        for name, lowest in (("epochs", 0), ("batch_size", 1), ("weight_decay", 0), ("warmup_epochs", 0)):
+            if getattr(self, name) < lowest:
+                raise UserError(f"--{name} {getattr(self, name)}: {lowest} or more is needed.")
+        if not self.lr > 0:
+            raise UserError(f"--lr {self.lr}: more than 0 is needed.")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: from 0 to below 1 is possible.")
+        late = [drop for drop in self.lr_drops if not 0 < drop < self.epochs]
+        if self.schedule == "step" and (late or not self.lr_drops):
+            raise UserError(f"--lr_drops {late or 'none'}: epochs between 0 and --epochs {self.epochs} are needed.")
+
+    def factor(self, epoch: float) -> float:
+        """Learning rate at a (fractional) epoch, over its peak."""
+        if epoch < self.warmup_epochs:
+            return epoch / self.warmup_epochs
+        if self.schedule == "step":
+            return 0.1 ** sum(epoch >= drop for drop in self.lr_drops)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)))
+
+
+def train(
+    model: PreTrainedModel,
+    images: ImageTensors,
+    validation: ImageTensors,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    seed: int,
+    masks: Masks | None = None,
+    teacher: PreTrainedModel | None = None,
+    device: str = "cpu",
+) -> list[dict]:
+    """Trains `model` in place; it ends with the weights of the epoch of best validation accuracy.
+
+    Args:
+        images: the training images, which draw their own augmentation. validation: chooses the epoch, nothing else.
+        folder: of Trainer's checkpoints; if there is one, training continues from it.
+        seed: of the order of the images.
+        masks: weights outside stay exactly zero: they are zeroed first, their gradients before clipping and stepping,
+            and they themselves after every step, because momentum of a step taken earlier may still move them.
+        teacher: its softened predictions are half of the loss (KL divergence, mean over the batch, temperature 1).
+    Returns: Trainer's log, one dict an entry. Raises: UserError if the loss becomes NaN.
+    """
+    apply_masks(model, masks)
+    if schedule.epochs == 0:
+        return []
+    world = TrainingArguments(output_dir=str(folder), use_cpu=device == "cpu").world_size
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=device == "cpu",
+        num_train_epochs=schedule.epochs,
+        per_device_train_batch_size=max(1, schedule.batch_size // world),
+        per_device_eval_batch_size=256,
+        learning_rate=schedule.lr,
+        max_grad_norm=schedule.max_grad_norm,
+        label_smoothing_factor=0.0,  # the loss below has it
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=None,
+        seed=seed,
+        data_seed=seed,
+        dataloader_num_workers=0,
+        ddp_find_unused_parameters=False,
+    )
+    trainer = ClassifierTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=images,
+        eval_dataset=validation,
+        compute_metrics=_accuracy,
+        callbacks=[KeepMasks(masks)] if masks else [],
+        schedule=schedule,
+        teacher=teacher,
+    )
+    handles = mask_gradients(model, masks)
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    apply_masks(model, masks)
+    log = trainer.state.log_history
+    if not all(math.isfinite(entry[key]) for entry in log for key in ("loss", "eval_loss") if key in entry):
+        raise UserError(f"Training diverged: the loss is not finite; lower --lr {schedule.lr}.")
+    return log
+
+
+class ClassifierTrainer(Trainer):
+    """Trainer with our optimiser, schedule by epoch, and loss."""
+
+    def __init__(self, *, schedule: Schedule, teacher: PreTrainedModel | None, **kwargs):
+        super().__init__(**kwargs)
+        self.schedule = schedule
+        self.teacher = teacher and teacher.eval().requires_grad_(False).to(self.args.device)
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model=None) -> Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self.schedule)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            per_epoch = num_training_steps / self.schedule.epochs
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer, lambda step: self.schedule.factor((step + 0.5) / per_epoch)
+            )
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # save_pretrained would give some stock families (ViT) their tensors' older names, under which Trainer's own
+        # loading, of the best epoch and on resume, does not find them and only warns.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.model.state_dict()).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(pixel_values=inputs["pixel_values"])
+        smoothing = self.schedule.label_smoothing if model.training else 0.0
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
+        if self.teacher is not None and model.training:
+            with torch.no_grad():
+                target = self.teacher(pixel_values=inputs["pixel_values"]).logits.log_softmax(-1)
+            loss = 0.5 * loss + 0.5 * F.kl_div(
+                outputs.logits.log_softmax(-1), target, reduction="batchmean", log_target=True
+            )
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+
+class KeepMasks(TrainerCallback):
+    """Zeroes the weights outside the masks after every step."""
+
+    def __init__(self, masks: Masks):
+        self.masks = masks
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        apply_masks(model, self.masks)
+
+
+def make_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW; weight decay on matrices and kernels only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if schedule.optimizer == "adamw":
+        return AdamW(groups, lr=schedule.lr)
+    return SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Masks | None) -> None:
+    """Zeroes the weights outside the masks."""
+    for name, mask in (masks or {}).items():
+        parameter = model.get_parameter(name)
+        parameter.mul_(mask.to(parameter.device))
+
+
+def mask_gradients(model: nn.Module, masks: Masks | None) -> list:
+    """Hooks that zero the gradients outside the masks before anybody sees them; returns their handles."""
+    handles = []
+    for name, mask in (masks or {}).items():
+        parameter = model.get_parameter(name)
+        handles.append(parameter.register_hook(partial(torch.mul, mask.to(parameter.device))))
+    return handles
+
+
+def _accuracy(predicted: EvalPrediction) -> dict[str, float]:
+    logits, labels = torch.as_tensor(predicted.predictions), torch.as_tensor(predicted.label_ids)
+    return {"accuracy": (logits.argmax(-1) == labels).double().mean().item()}

@@ -1,0 +1,1 @@
+"""Parts of methods that two papers share."""

@@ -1,0 +1,167 @@
+"""A made-up report with every part that the schema knows, and a made-up run; no number in it was measured."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from tiny_models import Packing, make_base
+
+from recipes.common.core import report as reports
+
+
+def metric(value, spread=None, n=7, n_of="windows", unit="ppl", higher=False, **more):
+    return {"value": value, "spread": spread, "n": n, "n_of": n_of, "unit": unit, "higher_is_better": higher, **more}
+
+
+def over_two_seeds(first, second, unit="ppl", higher=False):
+    spread = abs(first - second) / 2**0.5
+    return metric((first + second) / 2, spread, 2, "seeds", unit, higher, values=[first, second])
+
+
+def data(name, **more):
+    return {"name": name, "version": "v-11.5", "sha256": "ab" * 32, "size": 123_457, "license": "cc0-1.0", **more}
+
+
+def layer(depth, kind, init, final):
+    shape = {"format": "armor", "d_out": 96, "d_in": 64, "block_out": 8, "block_in": 16, "pattern": [2, 4]}
+    losses = {"loss_init": init, "loss_final": final, "output_error": final / 3}
+    return {"name": f"model.layers.{depth}.mlp.{kind}", **shape, **losses}
+
+
+EXAMPLE = {
+    "schema_version": 1,
+    "recipe": "armor",
+    "config": {
+        "model": "made-up",
+        "method": "armor",
+        "pattern": "2:4",
+        "lr": 0.00321,
+        "schedule": "cosine",
+        "iters": 654,
+        "block": "16",
+        "refit": "A+S",
+        "seed": 5,
+        "seeds": 2,
+    },
+    "base_model": {
+        "id": "made-up/Base-Model",
+        "revision": "c0ffee",
+        "sha256": "cd" * 32,
+        "parameters": 98_765,
+        "license": "apache-2.0",
+        "language": ["en"],
+    },
+    "data": {
+        "calibration": data("made-up/calibration-set", windows=31, seqlen=77),
+        "evaluation": {
+            "A": data("invented prose", windows=7, seqlen=55),
+            "B": data("invented speech", windows=7, seqlen=55),
+            "tasks": {"riddles": data("invented riddles", items=211)},
+        },
+    },
+    "dense": {
+        "perplexity/A": metric(11.31, 0.87),
+        "perplexity/B": metric(13.37),
+        "acc/riddles": metric(0.523, 0.037, n=211, n_of="items", unit="fraction", higher=True),
+    },
+    "compressed": {
+        "perplexity/A": over_two_seeds(12.41, 12.61),
+        "perplexity/B": over_two_seeds(15.17, 15.27),
+        "acc/riddles": over_two_seeds(0.512, 0.514, "fraction", True),
+    },
+    "baselines": {
+        "wanda": {
+            "perplexity/A": over_two_seeds(19.81, 20.83),
+            "perplexity/B": over_two_seeds(15.18, 15.28),
+            "acc/riddles": over_two_seeds(0.301, 0.305, "fraction", True),
+        },
+        "sparsegpt": {
+            "perplexity/A": over_two_seeds(12.01, 12.03),
+            "perplexity/B": over_two_seeds(14.18, 14.19),
+            "acc/riddles": over_two_seeds(0.518, 0.519, "fraction", True),
+        },
+    },
+    "size": {
+        "dense_bytes": 197_530,
+        "compressed_bytes": 143_210,
+        "parameters": 98_765,
+        "nonzero": 65_432,
+        "baselines": {"wanda": 131_072},
+    },
+    "speed": {
+        "decode": {
+            "ratio_to_dense_bf16": metric(1.47, 0.03, 3, "runs", "ratio", True),
+            "ratio_to_dense_fp32": metric(2.19, 0.04, 3, "runs", "ratio", True),
+        },
+        "prefill": {"ratio_to_dense_bf16": metric(0.91, 0.02, 3, "runs", "ratio", True)},
+    },
+    "cost": {"seconds": 1234.5, "peak_rss_bytes": 2_345_678_901, "device": "cpu"},
+    "environment": {"python": "3.98.7", "versions": {"torch": "8.76.5"}, "cpu": "Invented CPU, 6 threads"},
+    "seeds": [5, 6],
+    "layers": [layer(depth, kind, 0.0713 + depth, 0.0429) for depth in range(3) for kind in ("up_proj", "gate_proj")],
+    "notes": ["the dense reference was invented for a test"],
+    "samples": [{"prompt": "Say hi.", "dense": "Hi!", "compressed": "Hi there!"}],
+}
+
+
+def example_report(**changes) -> dict:
+    return copy.deepcopy(EXAMPLE) | changes
+
+
+def write_run(folder: Path, base_id: str = "made-up/Base-Model", kind: str = "armor") -> Path:
+    """A finished run in `folder`: a tiny packed checkpoint with everything that a recipe puts beside it."""
+    packing = Packing(make_base(folder.parent / f"base-{folder.name}"), kind)
+    rows, losses = [], {}
+    for place, (name, spec) in enumerate(packing.compression["modules"].items()):
+        linear = packing.dense.get_submodule(name)
+        loss = [0.5 + place / 100, 0.25 + place / 100]
+        losses[name] = loss
+        shape = {"d_out": linear.out_features, "d_in": linear.in_features}
+        measured = {"loss_init": loss[0], "loss_final": loss[1], "output_error": 0.125}
+        rows.append({"name": name, **spec, **shape, **measured})
+    config = {**EXAMPLE["config"], "method": "armor"}
+    packing.write(
+        folder,
+        dtype=torch.bfloat16,
+        compression={**packing.compression, "method": "armor", "proxy_loss": losses},
+        extra_files={"recipe.yaml": yaml.safe_dump(config, sort_keys=False)},
+    )
+    text = SimpleNamespace(**data("invented text"))
+    recipe = SimpleNamespace(
+        name="armor", settings=lambda: config, device="cpu", dtype="bfloat16", nsamples=3, seqlen=17, eval_seqlen=19
+    )
+    facts = {"revision": None, "sha256": "ef" * 32, "parameters": 4321, "license": "apache-2.0", "notes": ("made up",)}
+    base = SimpleNamespace(id=base_id, path=packing.base, **facts)
+    rivals = {}
+    if kind == "armor":
+        rivals["wanda"] = [{key: row[key] for key in ("d_out", "d_in", "pattern")} for row in rows]
+    report = reports.build(
+        recipe=recipe,
+        base_model=reports.base_row(base),
+        data=reports.text_data(recipe, text, {"A": text, "B": text}, EXAMPLE["dense"]),
+        dense=EXAMPLE["dense"],
+        compressed=runs_of(EXAMPLE["compressed"]),
+        baselines={name: runs_of(metrics) for name, metrics in EXAMPLE["baselines"].items()},
+        size=reports.packed_size(folder, rows, rivals, 2),
+        speed=EXAMPLE["speed"],
+        layers=rows,
+        seconds=12.5,
+        seeds=EXAMPLE["seeds"],
+        notes=base.notes,
+    )
+    reports.write(report, folder)
+    return folder
+
+
+def runs_of(metrics: dict) -> list[dict]:
+    """What was measured for each seed, from metrics over seeds."""
+    single = {"spread": None, "n": 7, "n_of": "windows"}
+    return [
+        {
+            key: {k: v for k, v in m.items() if k != "values"} | single | {"value": m["values"][i]}
+            for key, m in metrics.items()
+        }
+        for i in range(2)
+    ]

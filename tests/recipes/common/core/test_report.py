@@ -1,0 +1,159 @@
+"""Reports: aggregation over seeds, sizes from the folder, the printed table, the plots, and writing whole."""
+
+import json
+import re
+import statistics
+
+import pytest
+from example_report import EXAMPLE, example_report, metric, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipes.common.core import plots, report
+from zoo.errors import UserError
+from zoo.record.schema import check_report, read_report
+from zoo.record.verify import weight_files
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1, 1e4), min_size=2, max_size=6))
+def test_seeds_give_mean_and_sample_deviation_that_the_schema_accepts(values):
+    merged = report.over_seeds([{"perplexity/A": metric(v, 0.5)} for v in values])["perplexity/A"]
+    assert merged["value"] == pytest.approx(sum(values) / len(values))
+    squares = sum((v - merged["value"]) ** 2 for v in values)
+    assert merged["spread"] ** 2 * (len(values) - 1) == pytest.approx(squares, rel=1e-9, abs=1e-9)
+    assert (merged["n"], merged["n_of"], merged["values"]) == (len(values), "seeds", values)
+    checked = example_report(dense={"perplexity/A": metric(2.0)}, baselines={}, seeds=list(range(len(values))))
+    check_report(checked | {"compressed": {"perplexity/A": merged}})
+
+
+def test_one_seed_stays_what_was_measured():
+    run = {"perplexity/A": metric(12.5, 0.5, 7)}
+    assert report.over_seeds([run]) == run
+
+
+def test_a_built_report_describes_the_folder(tmp_path):
+    folder = write_run(tmp_path / "armor")
+    built = read_report(folder / "report.json")
+    data_bytes = sum(  # what follows each header
+        file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in weight_files(folder)
+    )
+    size = built["size"]
+    assert size["compressed_bytes"] == data_bytes
+    assert size["dense_bytes"] == 2 * size["parameters"]  # the dense model in the checkpoint's dtype, bfloat16
+    wrappers = sum(row["block_out"] * row["d_out"] + row["block_in"] * row["d_in"] for row in built["layers"])
+    assert size["baselines"] == {"wanda": data_bytes - 2 * wrappers}  # plain 2:4 needs all but the wrappers
+    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert built["files"].keys() == on_disk - {"report.json", "README.md"}
+    assert {"plots/proxy_loss.png", "plots/quality_size.png", "config.json", "recipe.yaml"} <= built["files"].keys()
+    evaluation = built["data"]["evaluation"]
+    assert (evaluation["A"]["windows"], evaluation["A"]["seqlen"]) == (7, 19)
+    assert evaluation["tasks"]["riddles"]["items"] == 211
+    assert built["notes"] == ["made up"]
+    assert re.fullmatch(r".+, \d+ threads?", built["environment"]["cpu"])
+    assert 10**8 < built["cost"]["peak_rss_bytes"] < 10**11
+    assert built["environment"]["versions"]["torch"].startswith("2.")
+
+
+def test_tasks_of_the_packages_are_pinned_in_the_report():
+    row = report.task_row("step_inference", 50)
+    assert row["name"] == "bigbench" and row["version"] == "1.0.0" and len(row["sha256"]) == 64
+    assert report.task_row("hellaswag", 50)["version"].startswith("lm-eval ")
+
+
+def test_language_comes_from_the_base_models_card(tmp_path):
+    base = type("Base", (), {"id": "made-up/base", "path": tmp_path})
+    assert report.languages(base) == []
+    for stated, wanted in (("fr", ["fr"]), ("[fr, oc]", ["fr", "oc"])):
+        (tmp_path / "README.md").write_text(f"---\nlanguage: {stated}\n---\n")
+        assert report.languages(base) == wanted
+
+
+def test_table_holds_every_model_and_marks_against_dense():
+    lines = report.render_table(example_report()).splitlines()
+    header, rows = lines[0], {line.split()[0]: line for line in lines[2:6]}
+    assert list(rows) == ["dense", "armor", "wanda", "sparsegpt"]
+    assert [header.index(key) for key in EXAMPLE["compressed"]] == sorted(
+        header.index(k) for k in EXAMPLE["compressed"]
+    )
+    assert re.findall(r"[-+~](?=\s|$)", rows["armor"]) == ["-", "-", "~"]
+    assert re.findall(r"[-+~](?=\s|$)", rows["wanda"]) == ["-", "-", "-"]
+    assert not re.findall(r"[-+~](?=\s|$)", rows["dense"])
+    text = "\n".join(lines)
+    for shown in ("12.51 ± 0.14", "0.513 ± 0.001", "143.2 kB of 197.5 kB dense (72.5 %)", "0.91 ± 0.02×", "21 min"):
+        assert shown in text
+    assert "armor against sparsegpt: worse on perplexity A (+4.1 %)" in text
+    assert max(len(line) for line in lines[:6]) <= 120
+
+
+def test_a_better_metric_is_marked_better():
+    better = example_report()
+    better["compressed"]["perplexity/A"].update(value=9.0, values=[8.9, 9.1], spread=statistics.stdev([8.9, 9.1]))
+    check_report(better)
+    assert "9.00 ± 0.14 +" in report.render_table(better)
+
+
+def test_failing_to_render_writes_neither_report_nor_card(tmp_path):
+    with pytest.raises(UserError, match="no-such-method"):
+        report.write(example_report(config={"method": "no-such-method"}), tmp_path)
+    assert not (tmp_path / "report.json").exists() and not (tmp_path / "README.md").exists()
+
+
+def test_written_report_reads_back_unrounded(tmp_path):
+    written = report.write(example_report(), tmp_path)
+    assert read_report(tmp_path / "report.json") == written
+    assert json.loads((tmp_path / "report.json").read_text())["compressed"] == EXAMPLE["compressed"]
+    assert not list(tmp_path.rglob(".*"))  # no temporary file stays
+
+
+# ------------------------------------------------------------------------------------------------------------ plots
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, by file name."""
+    drawn, save = {}, plots.save
+
+    def keep(figure, path, metadata=None):
+        drawn[path.name] = figure
+        return save(figure, path, metadata)
+
+    monkeypatch.setattr(plots, "save", keep)
+    return drawn
+
+
+def test_plots_show_the_numbers_of_the_report(tmp_path, figures):
+    example = example_report()
+    files = plots.draw(example, tmp_path)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    panels = {axis.get_title(): axis for axis in figures["proxy_loss.png"].axes if axis.get_title()}
+    assert list(panels) == ["up_proj", "gate_proj"]
+    lines = {line.get_label(): line for line in panels["gate_proj"].lines}
+    rows = [row for row in example["layers"] if row["name"].endswith("gate_proj")]
+    assert list(lines["start"].get_xdata()) == list(lines["end"].get_xdata()) == [0, 1, 2]
+    assert list(lines["start"].get_ydata()) == [row["loss_init"] for row in rows]
+    assert list(lines["end"].get_ydata()) == [row["loss_final"] for row in rows]
+    first = figures["quality_size.png"].axes[0]
+    points = {
+        bars.get_label(): (bars.lines[0].get_xdata()[0], bars.lines[0].get_ydata()[0]) for bars in first.containers
+    }
+    assert points == {
+        "dense": (0.19753, 11.31),
+        "armor": (0.14321, 12.51),
+        "wanda": (0.131072, pytest.approx(20.32)),
+    }
+    (across,) = [line for line in first.lines if line.get_label() == "sparsegpt"]  # a size that nobody stated
+    assert list(across.get_ydata()) == [EXAMPLE["baselines"]["sparsegpt"]["perplexity/A"]["value"]] * 2
+
+
+def test_layers_of_any_model_have_a_place():
+    assert [plots.layer_index(name, 9) for name in ("model.layers.12.mlp.up", "h.3.attn", "lm_head")] == [12, 3, 9]
+
+
+def test_leaderboard_keeps_its_fingerprint(tmp_path, figures):
+    path = tmp_path / "leaderboard.png"
+    assert plots.read_fingerprint(path) is None
+    plots.leaderboard([{"name": "a", "size": 0.25, "quality": 0.75}], path, "abc")
+    assert plots.read_fingerprint(path) == "abc"
+    (point,) = [line for line in figures["leaderboard.png"].axes[0].lines if line.get_label() == "a"]
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (0.25, 0.75)

@@ -1,0 +1,155 @@
+"""AWQ as a backend: its scales live in the checkpoint, in norms and in rows of v and up, and change only the rounding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_base
+from transformers import AutoModelForCausalLM
+
+import zoo  # noqa: F401
+from recipes.common.core.recipe import parse
+from recipes.common.export.engines import export_dense
+from recipes.common.loops.streaming import MatrixStore, StreamedModel, compress_blocks
+from recipes.common.parts.pruners import LayerStats
+from recipes.layerwise_quant.folding import folds_of
+from recipes.layerwise_quant.quantizers import awq, awq_scales, output_loss, rtn
+from zoo.checkpoint import write_checkpoint
+
+IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0))
+BIASED = {"attention_bias": True, "mlp_bias": True}
+
+
+def quantised(folder, family, dtype="float32", flags=(), **settings):
+    """(base, recipe, its matrices, their store) with AWQ at 4 bits in block 0 and 3 in block 1, and the checkpoint."""
+    base = make_base(folder / "base", family, **settings)
+    tensors = load_file(base / "model.safetensors")
+    for name, tensor in tensors.items():  # a few inputs of every linear are far larger than the rest
+        if name.endswith(("layernorm.weight", "v_proj.weight", "up_proj.weight")):
+            tensor[::7] *= 8
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    recipe = parse("layerwise-quant", ["--backend", "awq", "--group_size", "32", "--dtype", dtype, *flags])
+    recipe.check()
+    streamed, recipe.bits = StreamedModel(base), {0: 4, 1: 3}
+    modules, store = recipe.modules(streamed), MatrixStore(folder / "store")
+    compress_blocks(streamed, IDS, recipe.methods()[:1], store, ignore=recipe.ignore)
+    specs = {name: store.facts(recipe.method, name)[recipe.method]["spec"] for name in modules}
+    write_checkpoint(
+        folder / "packed",
+        base=base,
+        compression={"method": "layerwise-quant", "format_version": 1, "modules": specs},
+        tensors=recipe.packed_tensors(modules, store),
+        dtype=getattr(torch, dtype),
+        extra_files={},
+    )
+    return base, recipe, modules, store
+
+
+def logits(folder_or_model):
+    model = folder_or_model
+    if isinstance(model, Path):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("llama", BIASED), ("qwen2", {}), ("gemma3_text", {})], ids=str
+)
+def test_the_checkpoint_computes_scaled_quantised_unscaled_weights(tmp_path, family, settings):
+    base, recipe, modules, store = quantised(tmp_path, family, **settings)
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    for name in modules:
+        folded = store.folded(recipe.method, name, recipe.method)
+        stored = packed.get_submodule(name).dense_weight()
+        weight = stored * folded["rows"][:, None] / folded["columns"]
+        torch.testing.assert_close(weight, store.weight(recipe.method, name, recipe.method))
+        original = dense.get_submodule(name).weight.data
+        assert 0 < (weight - original).norm() / original.norm() < 0.6
+        original.copy_(weight)
+    expected = logits(dense)
+    torch.testing.assert_close(logits(packed), expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
+    export_dense(tmp_path / "packed", tmp_path / "dense", dtype="float32")
+    torch.testing.assert_close(logits(tmp_path / "dense"), expected, atol=2e-5 * expected.abs().max().item(), rtol=1e-4)
+
+
+def test_who_shares_scales_and_who_takes_their_inverse(tmp_path):
+    base, recipe, modules, store = quantised(tmp_path, "qwen2")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
+    for i in (0, 1):
+        layer = f"model.layers.{i}"
+        folded = lambda name, layer=layer: store.folded(recipe.method, f"{layer}.{name}", recipe.method)  # noqa: E731
+        q, k, v, o = (folded(f"self_attn.{part}_proj") for part in "qkvo")
+        gate, up, down = (folded(f"mlp.{part}_proj") for part in ("gate", "up", "down"))
+        for part in (q, gate, down, o):
+            assert part["columns"].max() > 1.2 * part["columns"].min()
+        assert torch.equal(q["columns"], k["columns"]) and torch.equal(q["columns"], v["columns"])
+        assert torch.equal(gate["columns"], up["columns"])
+        assert torch.equal(up["rows"], down["columns"])
+        heads = o["columns"].view(4, 16)  # 4 query heads read 2 key-value heads in turn
+        assert torch.equal(heads[[0, 2]], v["rows"].view(2, 16)) and torch.equal(heads[[0, 2]], heads[[1, 3]])
+        assert all((part["rows"] == 1).all() for part in (q, k, o, gate, down))
+        for norm, columns in (("input", q["columns"]), ("post_attention", gate["columns"])):
+            name = f"{layer}.{norm}_layernorm.weight"
+            torch.testing.assert_close(after[name] * columns, before[name])
+        bias = f"{layer}.self_attn.v_proj.bias"
+        torch.testing.assert_close(after[bias] * v["rows"], before[bias])
+        assert torch.equal(after[f"{layer}.self_attn.k_proj.bias"], before[f"{layer}.self_attn.k_proj.bias"])
+    assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0), ("gemma3_text", 1)])
+def test_a_rounded_norm_makes_up_for_the_scales_exactly(tmp_path, family, offset):
+    """In bfloat16 the scales follow the rounded norm, not the other way round."""
+    base, recipe, _, store = quantised(tmp_path, family, dtype="bfloat16")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    columns = store.folded(recipe.method, "model.layers.1.self_attn.k_proj", recipe.method)["columns"]
+    assert after[name].dtype == torch.bfloat16
+    torch.testing.assert_close((offset + after[name].float()) * columns, offset + before[name], rtol=1e-6, atol=1e-6)
+
+
+def test_only_what_is_packed_whole_is_scaled(tmp_path):
+    """k stays dense, so the norm before q, k and v stays as it is; without v, o's inputs stay too."""
+    base, recipe, modules, store = quantised(
+        tmp_path, "llama", flags=["--ignore", "lm_head", "0.self_attn.k_", "1.self_attn.v_"]
+    )
+    assert {fold.source.partition("layers.")[2] for block in recipe.folds.values() for fold in block} == {
+        "0.self_attn.v_proj",
+        *(f"{i}.{name}" for i in (0, 1) for name in ("post_attention_layernorm", "mlp.up_proj")),
+    }
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name in modules:
+        dense.get_submodule(name).weight.data.copy_(store.weight(recipe.method, name, recipe.method))
+    torch.testing.assert_close(logits(tmp_path / "packed"), logits(dense), atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_of_another_structure_are_not_scaled(tmp_path):
+    streamed = StreamedModel(make_base(tmp_path / "base", "llama"))
+    names = {f"model.layers.0.{name}" for name, _ in streamed.layers[0].named_modules()}
+    assert len(folds_of("model.layers.0", streamed.layers[0], streamed.config, names)) == 4
+    streamed.layers[0].mlp.shared_gate = torch.nn.Linear(64, 1)  # would read the scaled norm
+    assert folds_of("model.layers.0", streamed.layers[0], streamed.config, names) == []
+
+
+def test_scales_are_searched_for_all_linears_together():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 64, generator=g) * (torch.arange(64) % 8 == 0).float().mul(9).add(0.5)
+    hessian = x.T @ x / len(x)
+    stats = LayerStats(hessian, hessian.diagonal().clone(), len(x))
+    weights = [torch.randn(rows, 64, generator=g) for rows in (16, 48)]
+    options = (3, 32, False, torch.float32)
+
+    def loss(s):
+        return sum(output_loss(rtn(w * s, *options).dequantize() / s - w, stats) for w in weights)
+
+    s = awq_scales(weights, stats, stats.second_moment, *options)
+    powers = [stats.second_moment ** (step / 38) for step in range(20)]
+    assert loss(s) == pytest.approx(min(loss(p / (p.max() * p.min()).sqrt()) for p in powers), rel=1e-5)
+    assert loss(s) < 0.8 * loss(torch.ones(64))
+    rows = torch.rand(48, generator=g) + 0.5
+    q = awq(weights[1], stats, s, rows, *options)
+    error = output_loss(q.dequantize() * rows[:, None] / s - weights[1], stats)
+    assert error <= output_loss(rtn(weights[1] * s, *options).dequantize() / s - weights[1], stats) * (1 + 1e-4)

@@ -1,0 +1,218 @@
+"""Cards: read back by huggingface_hub, every number traceable to the report, signs as measured."""
+
+import itertools
+import math
+import re
+
+import pytest
+import yaml
+from example_report import example_report, metric
+from huggingface_hub import EvalResult, ModelCard, metadata_load
+
+from zoo.errors import UserError
+from zoo.record.card import CARDS, baseline_texts, compare, render_card
+from zoo.record.schema import check_report
+
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
+
+
+@pytest.mark.parametrize("repo_id", [None, "org/the-model"])
+def test_front_matter_is_read_back_by_the_hub_client(tmp_path, repo_id):
+    report = example_report()
+    path = tmp_path / "README.md"
+    path.write_text(render_card(report, repo_id=repo_id), encoding="utf-8")
+    card = ModelCard.load(path)
+    assert card.content == path.read_text(encoding="utf-8")  # nothing is lost on the way through the client
+    data = card.data
+    assert (data.license, data.base_model, data.base_model_relation) == (
+        "apache-2.0",
+        "made-up/Base-Model",
+        "quantized",
+    )
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    assert (data.language, data.datasets) == (["en"], ["made-up/calibration-set"])
+    assert {"slimzoo", "armor", "2:4-sparsity", "compressed"} <= set(data.tags)
+    assert data.widget == [{"text": "Say hi.", "output": {"text": "Hi there!"}}]
+    assert data.model_name == (repo_id or "base-model-armor")
+    results = {f"{result.metric_type}/{result.dataset_config}": result for result in data.eval_results}
+    assert results.keys() == report["compressed"].keys()
+    for key, result in results.items():
+        assert isinstance(result, EvalResult)
+        assert result.metric_value == report["compressed"][key]["value"]
+        assert result.metric_args["spread"] == report["compressed"][key]["spread"]
+        assert result.dataset_name.startswith("invented") and result.dataset_revision == "v-11.5"
+        assert (result.source_url is not None) == (repo_id is not None)
+    assert "https://arxiv.org/abs/2510.05528" in card.text  # the Hub makes a tag of it
+
+
+def test_model_index_has_what_the_hub_requires(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(render_card(example_report(), repo_id="org/the-model"), encoding="utf-8")
+    (model,) = metadata_load(path)["model-index"]
+    assert model["name"] == "org/the-model"
+    assert len(model["results"]) == 3  # one per text and task: the client merges results of equal data sets
+    for result in model["results"]:
+        assert result["task"]["type"] == "text-generation"
+        assert all(isinstance(result["dataset"][key], str) for key in ("type", "name"))
+        for entry in result["metrics"]:
+            assert isinstance(entry["type"], str) and math.isfinite(entry["value"])
+
+
+def other_numbers(value, key="", count=None):
+    """The report with each number scaled by a factor of its own, and still consistent; counts of seeds stay."""
+    count = count or itertools.count(20)
+    if isinstance(value, dict) and "unit" in value:
+        scale = (2 if value["unit"] == "ppl" else 0.3) + next(count) / 100
+        scaled = {k: scale * value[k] for k in ("value", "spread") if value[k] is not None}
+        if value["n_of"] == "seeds":
+            return value | scaled | {"values": [scale * v for v in value["values"]]}
+        return value | scaled | {"n": next(count) * value["n"]}
+    if isinstance(value, dict):
+        return {k: other_numbers(v, k, count) for k, v in value.items()}
+    if isinstance(value, list) and key not in ("seeds", "pattern"):
+        return [other_numbers(v, key, count) for v in value]
+    if isinstance(value, str | list | bool) or key in ("schema_version", "seeds"):
+        return value
+    return next(count) * value if isinstance(value, int) else next(count) / 41 * value
+
+
+def strings(value):
+    if isinstance(value, dict):
+        return " ".join(f"{k} {strings(v)}" for k, v in value.items())
+    return " ".join(map(strings, value)) if isinstance(value, list) else value if isinstance(value, str) else ""
+
+
+def test_every_number_comes_from_the_report():
+    """With other numbers in the report, none of the card's old numbers is left; and no template types one."""
+    report = example_report()
+    other = other_numbers(report)
+    check_report(other)
+    constant = set(NUMBER.findall(strings(report))) | {"2510.05528"}  # names, versions, the paper
+    shown, shown_other = (set(NUMBER.findall(render_card(r, repo_id=None))) - constant for r in (report, other))
+    assert len(shown) > 40
+    short = {number for number in shown if len(number.replace(".", "").strip("0")) < 3}  # may agree by rounding
+    assert (shown & shown_other) - short == set()
+    widths = {"1", "2", "4", "8", "16"}  # of formats, which are no measurements
+    for path in CARDS.glob("*.md"):
+        text = re.sub(r"^arxiv: .*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(NUMBER.findall(text)) <= widths, path
+
+
+def test_every_baseline_is_described_once_and_as_its_recipe_means_it():
+    lines = (CARDS / "baselines.yaml").read_text().splitlines()
+    names = [line.partition(":")[0] for line in lines if not line.startswith("#")]
+    assert len(set(names)) == len(names)
+    assert "three draws" in baseline_texts("layerwise-quant")["random"]
+    assert "five random tables" in baseline_texts("kvtuner")["random"]
+
+
+@pytest.mark.parametrize("method", ["armor", *sorted(baseline_texts().keys() - {"sparsegpt+rank", "armor-no-refit"})])
+def test_every_method_of_the_recipe_has_a_card(method):
+    report = example_report()
+    report["config"]["method"] = method
+    card = ModelCard(render_card(report, repo_id=None))
+    assert method in card.data.tags and method in card.text and "2:4" in card.text
+
+
+@pytest.mark.parametrize("higher", [True, False])
+@pytest.mark.parametrize(
+    "ours, rival, verdict", [(10.0, 10.5, 1), (10.5, 10.0, -1), (10.0, 10.1, 0), (10.0, 10.0, 0)], ids=str
+)
+def test_comparison_has_the_sign_of_the_metric_and_respects_the_spread(higher, ours, rival, verdict):
+    pair = [metric(v, 0.1, 2, "seeds", "ppl", higher, values=[v - 0.05, v + 0.05]) for v in (ours, rival)]
+    expected = {0: "undecided", 1: "better", -1: "worse"}[-verdict if higher else verdict]
+    assert compare(example_report(), "perplexity/A", *pair) == expected
+
+
+def test_an_accuracy_on_few_items_is_not_a_gain():
+    report = example_report()
+    pair = [metric(v, None, 9, "items", "fraction", True) for v in (0.55, 0.50)]
+    for items, verdict in ((211, "undecided"), (100_000, "better")):
+        report["dense"]["acc/riddles"]["n"] = items
+        assert compare(report, "acc/riddles", *pair) == verdict
+
+
+def test_a_gain_that_did_not_appear_is_said():
+    report = example_report()
+    text = ModelCard(render_card(report, repo_id=None)).text
+    (wanda,) = re.findall(r"armor against wanda: .*", text)
+    (sparsegpt,) = re.findall(r"armor against sparsegpt: .*", text)
+    assert "No gain" not in wanda and "better on perplexity A (-38.4 %)" in wanda
+    assert "No gain over it was measured." in sparsegpt and "worse on perplexity A (+4.1 %)" in sparsegpt
+    assert "Faster: decode against dense bf16, decode against dense fp32; slower: prefill against dense bf16." in text
+    report["speed"]["decode"]["ratio_to_dense_bf16"]["spread"] = 0.3  # 1.47 is then not told from 1
+    del report["speed"]["decode"]["ratio_to_dense_fp32"]
+    text = render_card(report, repo_id=None)
+    assert "undecided (within two standard deviations of equal): decode against dense bf16." in text
+    assert "Faster" not in text and "No gain in speed was measured." in text
+    report["size"]["compressed_bytes"] = report["size"]["dense_bytes"] + 1
+    assert "Nothing is saved." in render_card(report, repo_id=None)
+
+
+def test_what_is_unknown_is_left_out():
+    report = example_report(speed={}, layers=[])
+    del report["samples"]
+    report["base_model"] |= {"id": "a folder", "license": None, "language": []}
+    report["data"]["calibration"]["name"] = "my file.txt"
+    card = ModelCard(render_card(report, repo_id=None))
+    assert card.data.license == "unknown"
+    assert not {"base_model", "base_model_relation", "language", "datasets", "widget"} & card.data.to_dict().keys()
+    assert "Speed was not measured." in card.text
+    assert "## Examples" not in card.text and "proxy_loss.png" not in card.text
+    assert "$" not in card.text
+
+
+def test_the_card_shows_the_config_as_it_was():
+    report = example_report()
+    text = ModelCard(render_card(report, repo_id=None)).text
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S)[1]) == report["config"]
+
+
+def test_text_for_the_method_is_needed():
+    with pytest.raises(UserError, match="invented-method"):
+        render_card(example_report(config={"method": "invented-method"}), repo_id=None)
+    with pytest.raises(UserError, match=r"armor.md uses \$pattern"):
+        render_card(example_report(config={"method": "armor"}), repo_id=None)
+
+
+def nested(report, path, value):
+    *parents, last = path.split("|")
+    for key in parents:
+        report = report[int(key) if key.isdigit() else key]
+    if value is None:
+        del report[last]
+    else:
+        report[last] = value
+
+
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("schema_version", 2, "schema_version 2"),
+        ("data|calibration|sha256", None, "report.data.calibration lacks sha256"),
+        ("size|compressed_bites", 5, "report.size.compressed_bites is unknown"),
+        ("size|nonzero", 0, "size.nonzero is 0"),
+        ("size|nonzero", True, "report.size.nonzero is True"),
+        ("size|nonzero", 3.5, "report.size.nonzero is 3.5"),
+        ("notes", "text", "report.notes is 'text'"),
+        ("seeds", [5, 5], r"seeds \[5, 5\]"),
+        ("seeds", [5, 6, 7], "match the 3 seeds"),
+        ("dense|perplexity/A|value", math.nan, "report.dense.perplexity/A.value is nan"),
+        ("dense|perplexity/A|value", 0.5, "impossible in unit ppl"),
+        ("dense|acc/riddles|value", 1.01, "impossible in unit fraction"),
+        ("dense|acc/riddles|n_of", "people", "n 211 of 'people'"),
+        ("dense|perplexity/A|spread", -0.1, "spread -0.1 is negative"),
+        ("dense|perplexity/A", None, "dense: the metric perplexity/A is measured on one side only"),
+        ("baselines|wanda|acc/riddles", None, "baselines.wanda: the metric acc/riddles"),
+        ("compressed|perplexity/A|value", 12.5, "is not the mean"),
+        ("compressed|perplexity/A|spread", 0.1, "is not the mean"),
+        ("compressed", {}, "compressed is empty"),
+        ("layers|1|name", "model.layers.0.mlp.up_proj", "up_proj is listed twice"),
+    ],
+)
+def test_a_broken_report_is_refused_by_name(path, value, said):
+    report = example_report()
+    check_report(report)
+    nested(report, path, value)
+    with pytest.raises(UserError, match=said):
+        check_report(report)

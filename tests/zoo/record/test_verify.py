@@ -1,0 +1,220 @@
+"""verify: a folder as a recipe left it passes, and each kind of tampering or damage fails by name."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from example_report import EXAMPLE, runs_of, write_run
+from safetensors.torch import load_file, save_file
+
+from zoo.errors import UserError
+from zoo.record.card import render_card
+from zoo.record.verify import hash_files, layer_bytes, verify
+
+PROJECTION = "model.layers.1.mlp.up_proj"
+
+
+def claims(folder, report):
+    """What the first seed measured: an honest second measurement."""
+    return runs_of(EXAMPLE["compressed"])[0] | {"acc/riddles": {"value": 0.512, "n": 211}}
+
+
+def failures(folder, measure=claims):
+    return [finding for finding in verify(folder, measure) if not finding.ok]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "armor")
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "armor")
+
+
+def rewrite(folder, change):
+    """A clever forger: changes the report and renders the card anew, with fresh hashes."""
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    report["files"] = hash_files(folder)
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "README.md").write_text(render_card(report, repo_id=None))
+
+
+def edit(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def in_report(*path, value):
+    def change(folder):
+        def change_report(report):
+            for key in path[:-1]:
+                report = report[key]
+            report[path[-1]] = value
+
+        rewrite(folder, change_report)
+
+    return change
+
+
+def in_weights(change_tensors):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change_tensors(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        rewrite(folder, lambda report: None)
+
+    return change
+
+
+def in_config(change_compression):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        change_compression(config["compression_config"])
+        (folder / "config.json").write_text(json.dumps(config))
+        rewrite(folder, lambda report: None)
+
+    return change
+
+
+def cut_shard(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def remove_module(folder):
+    next(folder.glob("slimzoo_*.py")).unlink()
+
+
+@pytest.mark.parametrize("kind", ["armor", "ragged"])
+def test_an_honest_folder_passes_in_every_format(tmp_path, kind):
+    folder = write_run(tmp_path / "armor", kind=kind)
+    findings = verify(folder, claims)
+    assert [finding for finding in findings if not finding.ok] == []
+    assert {"card", "files", "config", "weights", "layers", "sizes", *EXAMPLE["compressed"]} <= {
+        f.check for f in findings
+    }
+
+
+def test_a_published_card_names_its_repository_and_passes(folder):
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "README.md").write_text(render_card(report, repo_id="org/name"))
+    assert failures(folder) == []
+
+
+@pytest.mark.parametrize(
+    "tamper, check, said",
+    [
+        (edit("README.md", "12.51", "11.51"), "card", r"line \d+ says .*11\.51.* the report gives .*12\.51"),
+        (edit("README.md", "No gain over it was measured.", ""), "card", "armor against sparsegpt"),
+        (edit("README.md", "value: 12.51", "value: 9.99"), "card", "value: 9.99"),
+        (edit("report.json", '"value": 12.51', '"value": 9.99'), "report", "perplexity/A: value 9.99"),
+        (edit("report.json", '"seconds": 12.5', '"seconds": 12.5e4'), "card", "The run took"),
+        (edit("report.json", '"schema_version": 1', '"schema_version": NaN'), "report", "NaN is not a number"),
+        (edit("recipe.yaml", "iters: 654", "iters: 655"), "config", "recipe.yaml"),
+        (
+            edit("slimzoo_layers_armor.py", "import torch", "import torch, os"),
+            "files",
+            "slimzoo_layers_armor.py is not",
+        ),
+        (lambda folder: (folder / "stowaway.py").write_text(""), "files", "stowaway.py was added"),
+        (remove_module, "files", r"slimzoo_\w+.py is missing"),
+        (cut_shard, "weights", "model.safetensors is damaged"),
+        (in_weights(lambda t: t[f"{PROJECTION}.wrap_in"][0, 1].fill_(torch.inf)), "weights", "up_proj.wrap_in"),
+        (
+            in_weights(lambda t: t[f"{PROJECTION}.core_mask"][2:3].fill_(7)),
+            "layers",
+            "core_mask keeps 3 .*row 2",
+        ),
+        (in_weights(lambda t: t.pop(f"{PROJECTION}.wrap_out")), "layers", "up_proj.*wrap_out"),
+        (in_weights(lambda t: t.update({"extra": torch.zeros(4096)})), "sizes", "compressed_bytes is"),
+        (in_config(lambda c: c["modules"].pop(PROJECTION)), "config", "up_proj is packed in the report only"),
+        (in_config(lambda c: c["modules"][PROJECTION].update(block_in=32)), "config", "up_proj: block_in is 32"),
+        (in_config(lambda c: c["proxy_loss"][PROJECTION].reverse()), "config", "up_proj: proxy loss"),
+        (in_report("layers", 5, "loss_final", value=0.0), "config", "proxy loss"),
+        (in_report("size", "compressed_bytes", value=9_999), "sizes", "compressed_bytes"),
+        (in_report("size", "dense_bytes", value=10**9), "sizes", "the report claims 1,000,000,000"),
+        (in_report("files", "ghost.json", value="00"), "files", "ghost.json"),
+    ],
+)
+def test_tampering_is_found_and_named(folder, tamper, check, said):
+    tamper(folder)
+    if said == "ghost.json":  # `rewrite` made the hashes anew: forge this one by hand
+        edit("report.json", '"files": {', '"files": {"ghost.json": "00", ')(folder)
+    found = failures(folder, None)
+    assert any(finding.check == check and re.search(said, finding.message) for finding in found), found
+
+
+def forged(value):
+    def change(report):
+        metric = report["compressed"]["perplexity/A"]
+        metric.update(values=[value, value], value=value, spread=0.0)
+
+    return change
+
+
+def test_a_forgery_that_is_consistent_is_found_by_measuring(folder):
+    rewrite(folder, forged(11.0))
+    assert failures(folder, None) == []
+    (finding,) = failures(folder)
+    assert (finding.check, finding.message) == ("perplexity/A", "claimed 11, measured 12.41")
+
+
+@pytest.mark.parametrize(
+    "key, measured, ok",
+    [
+        ("perplexity/A", {"value": 12.41 * 1.009, "n": 7}, True),
+        ("perplexity/A", {"value": 12.41 * 1.011, "n": 7}, False),
+        ("perplexity/A", {"value": 12.41 * 0.989, "n": 7}, False),  # too good is as wrong
+        ("perplexity/A", {"value": 12.41, "n": 6}, False),
+        ("acc/riddles", {"value": 0.512 + 0.029, "n": 211}, True),
+        ("acc/riddles", {"value": 0.512 - 0.031, "n": 211}, False),
+    ],
+)
+def test_measured_values_have_to_agree(folder, key, measured, ok):
+    found = failures(folder, lambda *arguments: claims(*arguments) | {key: measured})
+    assert [finding.check for finding in found] == ([] if ok else [key])
+
+
+def test_what_cannot_be_measured_again_fails(folder):
+    found = failures(folder, lambda *arguments: {k: m for k, m in claims(*arguments).items() if k != "acc/riddles"})
+    assert [finding.check for finding in found] == ["acc/riddles"]
+
+    def broken(folder, report):
+        raise UserError("the text A is missing")
+
+    assert "the text A is missing" in failures(folder, broken)[0].message
+
+
+def test_damage_of_any_kind_is_a_finding_not_a_crash(folder):
+    for name in ("README.md", "config.json", "recipe.yaml", "model.safetensors"):
+        (folder / name).write_bytes(b"\x00{")
+    found = {finding.check for finding in failures(folder, None)}
+    assert {"card", "files", "config", "weights", "layers", "sizes"} <= found
+    (folder / "report.json").unlink()
+    assert [finding.check for finding in failures(folder)] == ["report"]
+    with pytest.raises(UserError, match="no such folder"):
+        verify(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "hidden, ffn, kv, overhead",
+    [(3584, 18944, 512, 0.0495), (5120, 13824, 1024, 0.0417), (5120, 27648, 1024, 0.0344), (8192, 29568, 1024, 0.024)],
+)
+def test_bytes_of_a_layer_follow_the_paper(hidden, ffn, kv, overhead):
+    """The overhead that the paper states for Qwen2.5 at block 128, from the bytes; without, 1 + 1/8 byte a weight."""
+    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
+    plain = [{"d_out": d_out, "d_in": d_in, "pattern": [2, 4]} for d_out, d_in in shapes]
+    wrapped = [row | {"block_out": 128, "block_in": 128} for row in plain]
+    dense = sum(d_out * d_in for d_out, d_in in shapes)
+    assert sum(layer_bytes(row, 2) for row in plain) == 1.125 * dense
+    extra = sum(layer_bytes(row, 2) for row in wrapped) - 1.125 * dense
+    assert extra / (2 * dense) == pytest.approx(overhead, abs=1e-4)

@@ -1,0 +1,1 @@
+"""What is said about a checkpoint, and proved: report, card, verification, publication."""
