@@ -35,7 +35,7 @@ test-peers: assets          ## side-by-side checks against other engines; builds
 	$(PY) -m pytest tests/peers $(ARGS)
 
 bench: env                  ## kernels and end-to-end speed against dense, in one run -> runs/bench.json
-	$(PY) -m recipes.bench.kernels $(ARGS)
+	$(PY) -m recipes.bench $(ARGS)
 
 bench-peers: env            ## our packed bits against llama.cpp on a random 1B model; builds llama.cpp on first use
 	$(PY) -m pip install --quiet --editable ".[peers]"

@@ -1,6 +1,6 @@
 """`python -m recipes <name> [flags]`."""
 
-from recipes.common.core.recipe import main
+from recipes.common.core.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,48 +1,21 @@
-"""Write a compressed checkpoint folder, streaming and whole-or-not-at-all, and read what is on record in one."""
+"""Write a compressed checkpoint folder, streaming and whole-or-not-at-all."""
 
-import errno
 import json
-import math
-import os
-import shutil
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .layers.base import REBUILD, PackedLinear
+from .folder import INDEX, TORCH_DTYPES, ModelFolder, TensorFiles, atomic_folder, open_folder, readable_config
+from .layers.base import PackedLinear
 from .models import slim_class_for, slim_class_of
 
 SHARD_BYTES = 5 * 10**9
 HEAD = "lm_head"  # the output head of every causal language model of transformers that we have
-CARRIED_FILES = (  # what a base folder may hold besides weights and config
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "merges.txt",
-    "NOTICE*",
-    "special_tokens_map.json",
-    "tokenizer*.json",
-    "*.model",
-    "vocab.json",
-    "vocab.txt",
-)
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}  # by their names in safetensors; all that a compressed checkpoint may hold
 
 
 def write_checkpoint(
@@ -79,25 +52,20 @@ def write_checkpoint(
         are missing, unknown, of wrong shape or dtype or not finite, an output that exists or cannot be written, and
         for a disk that is too small.
     """
-    output, base = Path(output), Path(base)
+    output = Path(output)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype {dtype}: torch.float32, torch.bfloat16 or torch.float16 is needed.")
     for name in extra_files:
         if Path(name).name != name:
             raise UserError(f"extra file {name!r}: a plain file name is needed.")
-    config = _slim_config(base, compression, dtype, settings or {})
-    base_files = {}
-    for file in _weight_files(base):
-        with _opened(file) as opened:
-            base_files |= dict.fromkeys(opened.keys(), file)
-    shards = _plan_shards(_stored_tensors(config, dtype, base, base_files), max_shard_bytes)
+    source = open_folder(base)
+    config = _slim_config(source, compression, dtype, settings or {})
+    shards = _plan_shards(_stored_tensors(config, dtype, source), max_shard_bytes)
     with atomic_folder(output, sum(shard.size for shard in shards)) as folder:
-        _write_weights(folder, shards, tensors, base_files)
+        _write_weights(folder, shards, tensors, source.tensors)
         config.save_pretrained(folder)  # the bundled code with it
-        for pattern in CARRIED_FILES:
-            for file in filter(Path.is_file, base.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
-        _pin_tokenizer_class(base, folder)
+        source.carry_files(folder)
+        _pin_tokenizer_class(source.path, folder)
         for name, content in extra_files.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return output
@@ -126,165 +94,22 @@ def save_checkpoint(
     return output
 
 
-def load_compression(folder: Path) -> dict:
-    """The `compression_config` of a checkpoint folder; UserError if the folder holds no compressed checkpoint."""
-    compression = _read_config(Path(folder)).get("compression_config")
-    if not compression:
-        raise UserError(f"{folder} is not a compressed checkpoint: its config.json has no compression_config.")
-    return compression
-
-
-def read_checkpoint_sizes(folder: Path) -> dict[str, int]:
-    """Sizes for a report, from the config and the headers of the weights files; no tensor is read.
-
-    Returns: {"parameters": of the dense model, "dense_bytes": of those in the checkpoint's dtype,
-    "nonzero": floating-point numbers stored, "compressed_bytes": of all stored tensors}.
-    Raises: UserError if the folder holds no compressed checkpoint or a file is damaged.
-    """
-    folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
-    if not config.model_type.startswith("slim_"):
-        raise UserError(f"{folder} is not a compressed checkpoint: its model_type is {config.model_type}.")
-    with torch.device("meta"):
-        dense = slim_class_of(config)(config).dense_model()
-    dtype = config.dtype or torch.float32
-    buffers = dense.state_dict().keys() - dict(dense.named_parameters(remove_duplicate=False)).keys()
-    sizes = {"parameters": sum(parameter.numel() for parameter in dense.parameters())}
-    sizes["dense_bytes"] = sizes["parameters"] * dtype.itemsize
-    for name in buffers:  # running statistics, which are stored too
-        buffer = dense.get_buffer(name)
-        sizes["dense_bytes"] += buffer.numel() * (dtype if buffer.is_floating_point() else buffer.dtype).itemsize
-    sizes |= {"nonzero": 0, "compressed_bytes": 0}
-    for file in _weight_files(folder):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                entry = tensors.get_slice(name)
-                dtype, numel = TORCH_DTYPES[entry.get_dtype()], math.prod(entry.get_shape())
-                sizes["nonzero"] += numel * dtype.is_floating_point
-                sizes["compressed_bytes"] += numel * dtype.itemsize
-    return sizes
-
-
-@contextmanager
-def atomic_folder(path: Path, needed: int = 0) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends well, and vanishes if it fails.
-
-    Left-overs of earlier runs of this machine that were killed are removed first. Files are synced before the rename.
-
-    Args:
-        path: the folder to make; an empty folder may be there.
-        needed: bytes that will be written, refused at once if the disk has less.
-    Raises: UserError if `path` exists and is not empty, cannot be made, or the disk is too small.
-    """
-    path = Path(os.path.abspath(path))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"output {path} exists already: name another folder, or remove this one first.")
-    mine = f".{path.name}.partial-{socket.gethostname()}-"
-    temporary = path.with_name(f"{mine}{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for other in list(path.parent.iterdir()):
-            pid = other.name.removeprefix(mine)
-            if other.name.startswith(mine) and (pid == str(os.getpid()) or not _is_running(pid)):
-                shutil.rmtree(other)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written ({error.strerror}): name another folder.") from None
-    try:
-        if needed > shutil.disk_usage(temporary).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield temporary
-        for item in [*temporary.rglob("*"), temporary]:
-            _sync(item)
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-        _sync(path.parent)
-    except BaseException as error:
-        needed = max(needed, sum(item.stat().st_size for item in temporary.rglob("*")))
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"output {path}: the disk is full, at least {needed:,} bytes are needed and {free:,} are free."
-            ) from None
-        raise
-
-
-def _is_running(pid: str) -> bool:
-    if os.name != "posix" or not pid.isdigit():
-        return True  # cannot tell: leave its files alone
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _sync(path: Path) -> None:
-    if os.name == "posix" or path.is_file():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable config.json ({error}): a model folder is needed.") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder; an index can only name files inside it."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        if not (folder / "model.safetensors").exists():
-            raise UserError(f"{folder} holds no model.safetensors: weights are only read from safetensors files.")
-        return [folder / "model.safetensors"]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is not an index of weights files; {REBUILD}.") from None
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names the file {name!r}: files inside the folder are allowed.")
-    return [folder / name for name in names]
-
-
-@contextmanager
-def _opened(file: Path):
-    """safe_open, with damage and absence as UserError."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{file} cannot be read ({error}); {REBUILD}.") from None
-
-
-def _slim_config(base: Path, compression: dict, dtype: torch.dtype, more: dict):
+def _slim_config(base: ModelFolder, compression: dict, dtype: torch.dtype, more: dict):
     """The config of the compressed model: the base's settings under our model_type, and how each module is packed."""
-    settings = _read_config(base) | more
+    settings = base.config | more
     if settings.get("quantization_config"):
-        raise UserError(f"{base} is quantized already: an unquantized base model is needed.")
+        raise UserError(f"{base.path} is quantized already: an unquantized base model is needed.")
     model_type, packed = settings.pop("model_type", None), settings.pop("compression_config", None)
     if packed and (compression.get("modules") or not more):
-        raise UserError(f"{base} is compressed already: the dense model it was made from is needed.")
+        raise UserError(f"{base.path} is compressed already: the dense model it was made from is needed.")
     compression = packed or compression
     model_class = slim_class_for(model_type.removeprefix("slim_") if packed else model_type)
     for key in ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"):
         settings.pop(key, None)
     if not compression.get("modules") and not more:
         raise UserError("compression_config.modules is empty: at least one packed module is needed.")
-    try:
+    with readable_config(base.path):
         config = model_class.config_class.from_dict({**settings, "compression_config": compression})
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{base}: config.json does not describe a model of its type ({reason}).") from None
     if HEAD in compression.get("modules", {}) and config.tie_word_embeddings:
         config.tie_word_embeddings = False
         config.compression_config = {**compression, "untied_head": True}  # the dense model ties
@@ -293,7 +118,7 @@ def _slim_config(base: Path, compression: dict, dtype: torch.dtype, more: dict):
     return config
 
 
-def _stored_tensors(config, dtype: torch.dtype, base: Path, base_files: dict[str, Path]) -> dict[str, torch.Tensor]:
+def _stored_tensors(config, dtype: torch.dtype, base: ModelFolder) -> dict[str, torch.Tensor]:
     """{name: empty tensor} of all that the checkpoint holds; UserError if the base lacks something."""
     with torch.device("meta"):
         model = slim_class_of(config)._from_config(config, dtype=dtype)
@@ -301,10 +126,12 @@ def _stored_tensors(config, dtype: torch.dtype, base: Path, base_files: dict[str
     stored = {}
     for name, tensor in model.state_dict().items():
         module, _, key = name.rpartition(".")
-        if name in base_files or (module in packed and key != "bias"):
+        if name in base.tensors or (module in packed and key != "bias"):
             stored[name] = tensor
         elif name not in model.all_tied_weights_keys:
-            raise UserError(f"base {base} lacks the tensor {name}: a complete {config.model_type[5:]} model is needed.")
+            raise UserError(
+                f"base {base.path} lacks the tensor {name}: a complete {config.model_type[5:]} model is needed."
+            )
     return stored
 
 
@@ -345,7 +172,7 @@ def _plan_shards(stored: dict[str, torch.Tensor], max_shard_bytes: int) -> list[
     return [_Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, start=1)]
 
 
-def _write_weights(folder: Path, shards: list[_Shard], tensors, base_files: dict[str, Path]) -> None:
+def _write_weights(folder: Path, shards: list[_Shard], tensors, base: TensorFiles) -> None:
     """Put every tensor into its place: the packed ones as they come, the others from the base, file by file."""
     todo = {name: shard for shard in shards for name in shard.tensors}
     if len(shards) > 1:
@@ -353,7 +180,7 @@ def _write_weights(folder: Path, shards: list[_Shard], tensors, base_files: dict
             "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.tensors.values())},
             "weight_map": {name: shard.name for name, shard in todo.items()},
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     with ExitStack() as stack:
         files = {shard.name: stack.enter_context((folder / shard.name).open("wb")) for shard in shards}
         for shard in shards:
@@ -369,10 +196,8 @@ def _write_weights(folder: Path, shards: list[_Shard], tensors, base_files: dict
             if name not in todo:
                 raise UserError(f"packed tensor {name} is unknown or comes twice: the modules of the config rule.")
             put(name, tensor)
-        for path in sorted(set(base_files.values())):
-            with _opened(path) as opened:
-                for name in [name for name in todo if base_files.get(name) == path]:
-                    put(name, opened.get_tensor(name))
+        for name in [name for name in base if name in todo]:  # file by file
+            put(name, base[name])
     if todo:
         raise UserError(f"packed tensor {next(iter(todo))} is missing, {len(todo)} in all: every module needs its own.")
 

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .errors import UserError
-from .record.card import CARDS, rival_name
+from .record.format import CARDS, baseline_name
 from .record.schema import read_report
 
 
@@ -54,7 +54,7 @@ class Entry:
         dense = report["dense"][metric]
         ratio = compressed["value"] / dense["value"]
         phase, ratios = next(iter(report["speed"].items()), ("", {}))
-        rival, speed = next(iter(ratios.items()), ("", None))
+        baseline, speed = next(iter(ratios.items()), ("", None))
         return {
             "metric": metric,
             "dense": dense,
@@ -62,7 +62,7 @@ class Entry:
             "size_ratio": report["size"]["compressed_bytes"] / report["size"]["dense_bytes"],
             "quality_ratio": ratio if compressed["higher_is_better"] else 1 / ratio,
             "speed": speed,
-            "speed_of": f"{phase} / {rival_name(rival)}" if speed else "",
+            "speed_of": f"{phase} / {baseline_name(baseline)}" if speed else "",
         }
 
 
@@ -90,18 +90,21 @@ ENTRIES = (
         recipe="precropping",
         base="resnet-8 on cifar10",
         hub_repo="slimzoo/resnet-8-cifar10-precropping",
+        auto_class="AutoModelForImageClassification",
     ),
     Entry(
         name="resnet-14-8-cifar10-random-pruning-5",
         recipe="random-pruning",
         base="resnet-14-8 on cifar10",
         hub_repo="slimzoo/resnet-14-8-cifar10-random-pruning",
+        auto_class="AutoModelForImageClassification",
     ),
     Entry(
         name="vit-tiny-easy-vqa-lpvit-50",
         recipe="lpvit",
         base="vit-tiny on easy-vqa",
         hub_repo="slimzoo/vit-tiny-easy-vqa-lpvit",
+        auto_class="AutoModelForImageClassification",
     ),
 )
 

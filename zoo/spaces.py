@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from PIL import Image, ImageOps
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -29,15 +29,17 @@ def find_checkpoint(name: str | None, local: Path, hub_id: str) -> Path:
 
 
 def find_dense(name: str | None, report: dict) -> str:
-    """The base model: as named or by $SLIMZOO_DENSE, else the very weights of the recipe's run, else the report's Hub id."""
+    """The base model: as named or by $SLIMZOO_DENSE, else the folder that the recipe started from (a base model that a recipe
+    converted stays in the cache, under its name), else the report's Hub id.
+    """
     name = name or os.environ.get("SLIMZOO_DENSE")
     if name:
         return name
-    try:
-        from recipes.common.data.base_models import resolve_model
-    except ImportError:
-        return report["base_model"]["id"]
-    return str(resolve_model(report["config"]["model"], report["config"].get("revision"), compressed=True).path)
+    model = report["config"]["model"]
+    for folder in (Path(model), Path(constants.HF_HOME) / "slimzoo" / "models" / model):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return report["base_model"]["id"]
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -23,21 +23,21 @@ of it off: block 128, 20 000 iterations, constant rate 1e-4, one group, no refit
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from recipes.common.core.recipe import module_seed
-from recipes.common.loops.streamed import LayerwiseRecipe
-from recipes.common.loops.streaming import MatrixStore, Method, Variant
+from recipes.armor.factorisation import block_diag_product, denormalise, init_nowag, optimise, rebalance, refit
+from recipes.common.core.state import module_seed
+from recipes.common.domains.language import LanguageRecipe
+from recipes.common.loops.streamed import Streamed, StreamedRun
+from recipes.common.loops.streaming import Method, Variant
 from recipes.common.parts.pruners import (
     LayerStats,
+    PerGroup,
     magnitude,
-    mask_n_m,
     normalize,
     nowag,
     rank_correction,
@@ -48,15 +48,11 @@ from recipes.common.parts.pruners import (
 from zoo.errors import UserError
 from zoo.kernels.bitmask_linear.reference import pack_bitmask
 
-RIDGE = 1e-9  # added to the diagonal of the small normal equations of the sparse-core step (section 3.5)
-DAMPING = 0.01  # of the mean diagonal of H, as SparseGPT does (section 8)
-FP16_RANGE = 2.0**8  # wrappers outside [1/range, range] hand a power of two to S (section 3.6)
-PATIENCE = 100  # iterations without progress before the loop stops (section 3.5)
 PRUNERS = {"magnitude": magnitude, "wanda": wanda, "nowag": nowag, "sparsegpt": sparsegpt}
 
 
-@dataclass
-class Armor(LayerwiseRecipe):
+@dataclass(frozen=True)
+class Armor(Streamed, LanguageRecipe):
     """Compress every decoder linear into block-diagonal x 2:4 x block-diagonal."""
 
     method: str = field(
@@ -98,11 +94,21 @@ class Armor(LayerwiseRecipe):
     paper_title = "ARMOR: High-Performance Semi-Structured Pruning via Adaptive Matrix Factorization"
     arxiv = "2510.05528"
 
+    # -------------------------------------------------------------------------------------------- before any work
+
+    @cached_property
+    def keep(self) -> PerGroup:
+        """N and M of --pattern."""
+        return parse_pattern(self.pattern)
+
+    @cached_property
+    def requested(self) -> tuple[int, int] | None:
+        """Block sizes of --block; None with auto."""
+        return None if self.block == "auto" else parse_block(self.block)
+
     def check(self) -> None:
-        """Refuses impossible values before any work."""
-        self.n, self.m = parse_pattern(self.pattern)
-        if self.block != "auto":
-            self.requested = parse_block(self.block)
+        """Refuses impossible values."""
+        self.keep, self.requested  # noqa: B018 (parsed now)
         if self.iters < 0:
             raise UserError(f"--iters {self.iters}: 0 (plain NoWag-P) or more is needed.")
         if not self.lr > 0:
@@ -117,9 +123,9 @@ class Armor(LayerwiseRecipe):
             raise UserError(f"--continuous {self.continuous}: one of adam, gd, als is needed.")
 
     def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
-        """Refuses a matrix that the pattern or the blocks do not divide, before any work."""
-        if d_in % self.m:
-            raise UserError(f"{name}: {d_in} inputs are not a multiple of {self.m}, which {self.pattern} needs.")
+        """Refuses a matrix that the pattern or the wrapper blocks do not divide."""
+        if d_in % self.keep.m:
+            raise UserError(f"{name}: {d_in} inputs are not a multiple of {self.keep.m}, which {self.pattern} needs.")
         if self.method != "armor":
             return
         b_out, b_in = self.blocks(d_out, d_in)
@@ -128,66 +134,62 @@ class Armor(LayerwiseRecipe):
                 raise UserError(
                     f"{name}: block {b} does not divide its {size} {what}; use --block auto or a power of two that does."
                 )
-        if b_in % self.m:
-            raise UserError(f"{name}: block {b_in} is not a multiple of {self.m}, which {self.pattern} needs.")
-        if self.groups_per_block > b_out * b_in // self.m:
+        if b_in % self.keep.m:
+            raise UserError(f"{name}: block {b_in} is not a multiple of {self.keep.m}, which {self.pattern} needs.")
+        if self.groups_per_block > b_out * b_in // self.keep.m:
             raise UserError(
-                f"--groups-per-block {self.groups_per_block}: {name} has {b_out * b_in // self.m} groups per block."
+                f"--groups-per-block {self.groups_per_block}: {name} has {b_out * b_in // self.keep.m} groups per block."
             )
 
     def blocks(self, d_out: int, d_in: int) -> tuple[int, int]:
         """Block sizes (b_out, b_in) of one matrix."""
-        if self.block != "auto":
-            return self.requested
-        return auto_block(d_out, d_in, self.max_overhead, self.m)
+        return self.requested or auto_block(d_out, d_in, self.max_overhead, self.keep.m)
 
-    def compress(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+    # -------------------------------------------------------------------------------------------------- the method
+
+    def compress(self, run: StreamedRun, seed: int, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
         """One matrix. weight (d_out, d_in) fp32 -> the packed result, and ARMOR without refit to compare with."""
         if self.method != "armor":
-            pruned = PRUNERS[self.method](weight, stats, (self.n, self.m))
+            pruned = PRUNERS[self.method](weight, stats, self.keep)
             return {self.method: self.pack_pruned(pruned)}
         d = sanitize(stats.second_moment)
         b_out, b_in = self.blocks(*weight.shape)
-        generator = torch.Generator(weight.device).manual_seed(module_seed(self.seed, name))
+        generator = torch.Generator(weight.device).manual_seed(module_seed(seed, name))
         W_bar, r1, r2 = normalize(weight)
-        factors = init_nowag(W_bar, d, b_out, b_in, self.n, self.m)
+        factors = init_nowag(W_bar, d, b_out, b_in, self.keep.n, self.keep.m)
         losses = optimise(factors, W_bar, d, self, generator)
         A, S, B = denormalise(factors, r1, r2)
         variants = {}
         if self.refit != "none":
             variants["armor-no-refit"] = Variant({}, losses, block_diag_product(A, S, B))
             A, S = refit(weight, stats.hessian, A, S, factors.M, B, self.refit, self.refit_steps)
-        spec = {"format": "armor", "block_out": b_out, "block_in": b_in, "pattern": [self.n, self.m]}
+        spec = {"format": "armor", "block_out": b_out, "block_in": b_in, "pattern": [self.keep.n, self.keep.m]}
         variants["armor"] = Variant(self.pack(A, S, factors.M, B), losses, block_diag_product(A, S, B), spec)
         return variants
 
     def pack(self, A: Tensor, S: Tensor, M: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """The tensors of section 4, powers of two moved into S and cast to the checkpoint's dtype."""
+        """The tensors of the checkpoint, powers of two moved into S and cast to the checkpoint's dtype."""
         A, S, B = rebalance(A, S, B)
-        values, mask, _ = pack_bitmask(S, M, per_row=S.shape[1] * self.n // self.m)
-        dtype = getattr(torch, self.dtype)
-        return {
-            "core_values": values.to(dtype),
-            "core_mask": mask,
-            "wrap_out": A.to(dtype),
-            "wrap_in": B.to(dtype),
-        }
+        values, mask, _ = pack_bitmask(S, M, per_row=S.shape[1] * self.keep.n // self.keep.m)
+        A, B, values = (tensor.to(self.torch_dtype) for tensor in (A, B, values))
+        return {"core_values": values, "core_mask": mask, "wrap_out": A, "wrap_in": B}
 
     def pack_pruned(self, pruned: Tensor) -> Variant:
         """A plain N:M weight in the bitmask format."""
-        dtype = getattr(torch, self.dtype)
-        per_row = pruned.shape[1] * self.n // self.m
-        values, mask, _ = pack_bitmask(pruned, mask_n_m(pruned.abs(), self.n, self.m), per_row=per_row)
-        spec = {"format": "bitmask", "pattern": [self.n, self.m]}
-        return Variant({"values": values.to(dtype), "mask": mask}, None, pruned, spec)
+        per_row = pruned.shape[1] * self.keep.n // self.keep.m
+        values, mask, _ = pack_bitmask(pruned, self.keep.mask(pruned.abs()), per_row=per_row)
+        spec = {"format": "bitmask", "pattern": [self.keep.n, self.keep.m]}
+        return Variant({"values": values.to(self.torch_dtype), "mask": mask}, None, pruned, spec)
 
-    def baseline_methods(self) -> list[Method]:
-        """Section 8; SparseGPT and Wanda prune one block after the other, on the inputs of the pruned blocks."""
-        pattern = (self.n, self.m)
+    def baseline_names(self) -> list[str]:
+        return [*PRUNERS, *(["sparsegpt+rank"] if self.method == "armor" else [])]
+
+    def baseline_methods(self, run: StreamedRun, seed: int) -> list[Method]:
+        """SparseGPT and Wanda prune one block after the other, on the inputs of the pruned blocks."""
 
         def plain(name: str, prune, inputs: str) -> Method:
             def compress(_: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
-                return {name: Variant({}, None, prune(weight, stats, pattern))}
+                return {name: Variant({}, None, prune(weight, stats, self.keep))}
 
             return Method(name, compress, inputs, hessian=name == "sparsegpt")
 
@@ -195,7 +197,7 @@ class Armor(LayerwiseRecipe):
             b_out, b_in = self.blocks(*weight.shape)
             d_out, d_in = weight.shape
             rank = round((b_out * d_out + b_in * d_in) / (d_out + d_in))  # as many parameters as A and B
-            pruned = sparsegpt(weight, stats, pattern)
+            pruned = sparsegpt(weight, stats, self.keep)
             return {"sparsegpt+rank": Variant({}, None, rank_correction(weight, pruned, stats, rank))}
 
         methods = [
@@ -208,31 +210,29 @@ class Armor(LayerwiseRecipe):
             methods.append(Method("sparsegpt+rank", corrected, "compressed"))
         return methods
 
-    def baseline_rows(
-        self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
-    ) -> dict[str, list[dict]]:
+    def baseline_rows(self, run: StreamedRun, names: list[str]) -> dict[str, list[dict]]:
         """Plain N:M weights; with A and B, or as many parameters of a low-rank correction, where the name says so."""
-        rows = {}
+        rows = {name: [] for name in names}
         for name in names:
-            rows[name] = []
-            for module in modules.values():
-                shape = {"d_out": module.out_features, "d_in": module.in_features, "pattern": [self.n, self.m]}
+            for module in run.modules.values():
+                d_out, d_in = module.out_features, module.in_features
+                row = {"format": "bitmask", "d_out": d_out, "d_in": d_in, "pattern": [self.keep.n, self.keep.m]}
                 if name == "armor-no-refit" or name.endswith("+rank"):
-                    b_out, b_in = self.blocks(module.out_features, module.in_features)
-                    shape |= {"block_out": b_out, "block_in": b_in}
-                rows[name].append(shape)
+                    b_out, b_in = self.blocks(d_out, d_in)
+                    row |= {"format": "armor", "block_out": b_out, "block_in": b_in}
+                rows[name].append(row)
         return rows
 
     def method_flops(self, weights: int) -> float:
-        """Section 5: 3 forward equivalents of 2 (b_out + b_in) per weight and iteration, as much again element-wise."""
-        b_out, b_in = (64, 64) if self.block == "auto" else self.requested
+        """3 forward equivalents of 2 (b_out + b_in) per weight and iteration, as much again element-wise."""
+        b_out, b_in = self.requested or (64, 64)
         return 2 * self.iters * 3 * 2 * (b_out + b_in) * weights if self.method == "armor" else 0.0
 
-    def compression_config(self, store: MatrixStore) -> dict:
-        """The method's own part of `compression_config` (section 4)."""
-        config = {"pattern": [self.n, self.m]}
+    def compression_config(self, run: StreamedRun, seed: int) -> dict:
+        """The method's own part of `compression_config`."""
+        config = {"pattern": [self.keep.n, self.keep.m]}
         if self.method == "armor":
-            b_out, b_in = (None, None) if self.block == "auto" else self.requested
+            b_out, b_in = self.requested or (None, None)
             config |= {"block_out": b_out, "block_in": b_in, "n_iters": self.iters, "lr": self.lr, "refit": self.refit}
         return config
 
@@ -240,15 +240,15 @@ class Armor(LayerwiseRecipe):
 # ---------------------------------------------------------------------------------------------- sizes and patterns
 
 
-def parse_pattern(text: str) -> tuple[int, int]:
-    """'2:4' -> (2, 4)."""
+def parse_pattern(text: str) -> PerGroup:
+    """'2:4' -> PerGroup(2, 4)."""
     try:
         n, m = (int(part) for part in text.split(":"))
     except ValueError:
         n = m = 0
     if not 0 < n < m:
         raise UserError(f"--pattern {text}: N:M with 0 < N < M is needed. Try --pattern 2:4, the default.")
-    return n, m
+    return PerGroup(n, m)
 
 
 def parse_block(text: str) -> tuple[int, int]:
@@ -268,323 +268,10 @@ def wrapper_overhead(d_out: int, d_in: int, b_out: int, b_in: int) -> float:
 
 
 def auto_block(d_out: int, d_in: int, max_overhead: float, m: int) -> tuple[int, int]:
-    """The largest power of two <= 256 that divides both sides and keeps the overhead within budget (section 6)."""
+    """The largest power of two <= 256 that divides both sides and keeps the overhead within budget."""
     for b in (256, 128, 64, 32, 16, 8, 4):
         if d_out % b == 0 and d_in % b == 0 and b % m == 0 and wrapper_overhead(d_out, d_in, b, b) <= max_overhead:
             return b, b
     raise UserError(
         f"--block auto: no power of two from 4 divides ({d_out}, {d_in}) within --max-overhead {max_overhead}; raise it."
     )
-
-
-# ------------------------------------------------------------------------------------------- A S B and its pieces
-
-
-@dataclass
-class Factors:
-    """A (d_out/b_out, b_out, b_out), B (d_in/b_in, b_in, b_in), S and M (d_out, d_in); n of every m entries of S kept."""
-
-    A: Tensor
-    S: Tensor
-    M: Tensor
-    B: Tensor
-    n: int
-    m: int
-
-    def clone(self) -> Factors:
-        return Factors(self.A.clone(), self.S.clone(), self.M.clone(), self.B.clone(), self.n, self.m)
-
-
-def left(A: Tensor, X: Tensor) -> Tensor:
-    """diag(A) X for X (d_out, d_in)."""
-    blocks, b, _ = A.shape
-    return torch.bmm(A, X.view(blocks, b, -1)).view_as(X)
-
-
-def columns(X: Tensor, B: Tensor) -> Tensor:
-    """X (d_out, d_in) as one strided matrix per block of columns: (d_in/b, d_out, b), no copy."""
-    return X.view(X.shape[0], *B.shape[:2]).transpose(0, 1)
-
-
-def right(X: Tensor, B: Tensor) -> Tensor:
-    """X diag(B) for X (d_out, d_in)."""
-    out = torch.empty_like(X)
-    torch.bmm(columns(X, B), B, out=columns(out, B))
-    return out
-
-
-def block_diag_product(A: Tensor, S: Tensor, B: Tensor) -> Tensor:
-    """A S B as a dense (d_out, d_in) matrix."""
-    return left(A, right(S, B))
-
-
-def gradients(A: Tensor, S: Tensor, B: Tensor, P: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of L by A, S (all entries, kept or not) and B, given P = S B and G = dL/d(ASB)  [section 3.5]."""
-    blocks, b, _ = A.shape
-    grad_A = torch.bmm(G.view(blocks, b, -1), P.view(blocks, b, -1).transpose(1, 2))  # G_m (SB)_m^T
-    T = left(A.transpose(1, 2), G)  # A^T G
-    grad_S = right(T, B.transpose(1, 2))  # A^T G B^T
-    grad_B = torch.bmm(columns(S, B).transpose(1, 2), columns(T, B))  # S_n^T (A^T G)_n
-    return grad_A, grad_S, grad_B
-
-
-# --------------------------------------------------------------------------------------------------- steps 4 and 5
-
-
-def init_nowag(W_bar: Tensor, d: Tensor, b_out: int, b_in: int, n: int, m: int) -> Factors:
-    """Step 4: identity wrappers around the NoWag-P core."""
-    d_out, d_in = W_bar.shape
-    M = mask_n_m(W_bar.square() * d, n, m)
-    A = torch.eye(b_out, device=W_bar.device).repeat(d_out // b_out, 1, 1)
-    B = torch.eye(b_in, device=W_bar.device).repeat(d_in // b_in, 1, 1)
-    return Factors(A, W_bar * M, M, B, n, m)
-
-
-def optimise(f: Factors, W_bar: Tensor, d: Tensor, options: Armor, generator: torch.Generator) -> tuple[float, float]:
-    """Step 5, in place on `f`. Returns (L_init, L_final) with L_final <= L_init.
-
-    Cost per iteration: six block-diagonal products, i.e. 3 forward equivalents of 2 (b_out + b_in) FLOP per weight.
-    """
-    Z = (W_bar.square() * d).sum()
-    if Z == 0:  # a zero matrix is represented exactly
-        return 0.0, 0.0
-    weight = 2 * d / Z  # G = weight * E
-    adam = None
-    if options.continuous == "adam":
-        adam = torch.optim.Adam([f.A, f.S, f.B], lr=options.lr, fused=True)
-    P = right(f.S, f.B)
-    E = left(f.A, P).sub_(W_bar)  # residual A S B - W_bar
-    best, best_loss, first, previous, stalled = f, math.inf, math.nan, math.inf, 0
-    for step in range(options.iters + 1):
-        G = E * weight
-        loss = torch.dot(G.flatten(), E.flatten()).item() / 2
-        first = loss if step == 0 else first
-        if loss < best_loss:
-            best, best_loss = f.clone(), loss
-        stalled = stalled + 1 if loss > (1 - 1e-6) * previous or loss > previous - 1e-8 else 0
-        previous = loss
-        if step == options.iters or stalled >= PATIENCE:
-            break
-        grad_A, grad_S, grad_B = gradients(f.A, f.S, f.B, P, G)
-        if adam:
-            cosine = 0.5 * (1 + math.cos(math.pi * step / options.iters)) if options.schedule == "cosine" else 1.0
-            adam.param_groups[0]["lr"] = options.lr * cosine
-            f.A.grad, f.S.grad, f.B.grad = grad_A, grad_S * f.M, grad_B
-            adam.step()
-        elif options.continuous == "gd":
-            gradient_descent(f, W_bar, d, Z)
-        else:
-            alternating_least_squares(f, W_bar, d)
-        P = right(f.S, f.B)
-        E = left(f.A, P).sub_(W_bar)
-        picks = pick_groups(grad_S, f, options.groups_per_block, options.select, generator)
-        changed = sparse_core_step(f, E, P, d, picks)
-        if adam:
-            for moment in ("exp_avg", "exp_avg_sq"):
-                adam.state[f.S][moment].masked_fill_(changed, 0)
-    f.A, f.S, f.M, f.B = best.A, best.S, best.M, best.B
-    return first, best_loss
-
-
-def group_view(X: Tensor, f: Factors) -> Tensor:
-    """X (d_out, d_in) -> (m, n, b_out, b_in/M, M): the groups of each block pair, as a view."""
-    b_out, b_in = f.A.shape[1], f.B.shape[1]
-    return X.view(len(f.A), b_out, len(f.B), b_in // f.m, f.m).transpose(1, 2)
-
-
-def pick_groups(grad_S: Tensor, f: Factors, k: int, select: str, generator: torch.Generator) -> Tensor:
-    """k groups per block pair, drawn with probability in proportion to their gradient's norm: (m, n, k) indices.
-
-    An index counts groups row by row inside the block. The same group may be drawn twice; re-solving it is then void.
-    """
-    entries = group_view(grad_S.abs(), f).unbind(-1)  # reducing a dimension of M this way is several times faster
-    if select == "uniform":
-        mass = torch.ones_like(entries[0])
-    elif select == "linf":
-        mass = functools.reduce(torch.maximum, entries)
-    elif select == "l2":
-        mass = sum(entry.square() for entry in entries).sqrt()
-    else:
-        mass = sum(entries)
-    mass = mass.flatten(2) + 1e-20  # a draw needs some mass
-    if select == "greedy":
-        return mass.topk(k, dim=-1).indices
-    cumulative = mass.cumsum(-1)
-    u = torch.rand(*mass.shape[:2], k, generator=generator, device=mass.device) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, u).clamp_(max=mass.shape[-1] - 1)
-
-
-def sparse_core_step(f: Factors, E: Tensor, P: Tensor, d: Tensor, picks: Tensor) -> Tensor:
-    """Re-solves the picked groups of S exactly, one after another inside a block, all blocks at once [section 3.5].
-
-    With a = A_m[:, r], B_g = the group's rows of B_n and R0 the residual without the group:
-        u = B_g D R0^T a;   K_T = B_T D B_T^T + ridge;   T* = argmax_T u_T^T K_T^-1 u_T;   s_T* = -K_T*^-1 u_T* / |a|^2
-    E = A S B - W_bar and P = S B are updated in place by rank-1 terms. Of E only a^T E is needed until the end, and
-    for later groups it changes by (a_j . a_i) w_i: hence E is read once and written once for any number of groups.
-
-    Args: picks (m, n, k) from `pick_groups`. Returns (d_out, d_in) bool: entries of groups whose support changed.
-    """
-    blocks_out, blocks_in, k = picks.shape
-    b_out, b_in = f.A.shape[1], f.B.shape[1]
-    q = b_in // f.m
-    mi = torch.arange(blocks_out, device=E.device)[:, None]
-    ni = torch.arange(blocks_in, device=E.device)[None, :]
-    rows, groups = picks // q, picks % q
-    a = f.A.transpose(1, 2)[mi[..., None], rows]  # (m, n, k, b_out)
-    Bg = f.B.view(blocks_in, q, f.m, b_in)[ni[..., None], groups]  # (m, n, k, M, b_in)
-    dn = d.view(blocks_in, b_in)
-    Bd = Bg * dn[:, None, None, :]
-    K = Bd @ Bg.transpose(-1, -2)  # (m, n, k, M, M)
-    supports = torch.tensor(list(itertools.combinations(range(f.m), f.n)), device=E.device)  # (T, N)
-    K_inv = inverse(K[..., supports[:, :, None], supports[:, None, :]])  # (m, n, k, T, N, N)
-    gram = a @ a.transpose(-1, -2)  # (m, n, k, k)
-    E_blocks = E.view(blocks_out, b_out, blocks_in, b_in).transpose(1, 2)
-    y = a @ E_blocks  # a^T E: (m, n, k, b_in)
-    S_groups, M_groups = group_view(f.S, f), group_view(f.M, f)
-    P_rows = P.view(blocks_out, b_out, blocks_in, b_in).transpose(1, 2)
-    changed = torch.zeros_like(f.M)
-    changed_groups = group_view(changed, f)
-    w = torch.empty_like(y)
-    for i in range(k):
-        at = (mi, ni, rows[..., i], groups[..., i])
-        old, old_mask = S_groups[at], M_groups[at]  # (m, n, M)
-        norm = gram[..., i, i]  # |a|^2
-        u = (Bd[:, :, i] @ y[:, :, i, :, None])[..., 0] - norm[..., None] * (K[:, :, i] @ old[..., None])[..., 0]
-        u_T = u[..., supports]  # (m, n, T, N)
-        solved = (K_inv[:, :, i] @ u_T[..., None])[..., 0]
-        choice = (u_T * solved).sum(-1).argmax(-1)  # the decrease of every support, times |a|^2
-        T = supports[choice]  # (m, n, N)
-        values = -solved.gather(2, choice[..., None, None].expand(-1, -1, 1, f.n))[:, :, 0] / (norm[..., None] + 1e-8)
-        new = torch.zeros_like(old).scatter_(-1, T, values)
-        new_mask = torch.zeros_like(old_mask).scatter_(-1, T, True)
-        dead = (norm == 0)[..., None]  # a zero column of A: nothing to solve
-        new, new_mask = torch.where(dead, old, new), torch.where(dead, old_mask, new_mask)
-        S_groups[at], M_groups[at] = new, new_mask
-        changed_groups[at] |= (new_mask != old_mask).any(-1, keepdim=True)
-        w[:, :, i] = ((new - old)[..., None, :] @ Bg[:, :, i])[..., 0, :]
-        y += gram[..., i, None] * w[:, :, i, None, :]
-        P_rows[mi, ni, rows[..., i]] += w[:, :, i]
-    E_blocks += a.transpose(-1, -2) @ w
-    return changed
-
-
-def inverse(K: Tensor) -> Tensor:
-    """Inverse of small symmetric matrices (..., N, N) plus the ridge; 2x2 by the closed form."""
-    N = K.shape[-1]
-    K = K + RIDGE * torch.eye(N, device=K.device)
-    if N != 2:
-        return torch.cholesky_inverse(torch.linalg.cholesky(K))
-    adjugate = torch.stack([K[..., 1, 1], -K[..., 0, 1], -K[..., 1, 0], K[..., 0, 0]], -1).view_as(K)
-    determinant = K[..., 0, 0] * K[..., 1, 1] - K[..., 0, 1].square()
-    return adjugate / determinant.clamp_min(RIDGE**2)[..., None, None]
-
-
-def gradient_descent(f: Factors, W_bar: Tensor, d: Tensor, Z: Tensor) -> None:
-    """The paper's theory: A, then B, then S, each one step of 1/beta, beta the local smoothness: L never rises."""
-
-    def residual_gradients() -> tuple[Tensor, Tensor, Tensor]:
-        P = right(f.S, f.B)
-        return gradients(f.A, f.S, f.B, P, (left(f.A, P) - W_bar) * (2 * d / Z))
-
-    P = right(f.S, f.B).view(len(f.A), f.A.shape[1], -1)
-    beta = 2 / Z * torch.linalg.eigvalsh((P * d) @ P.transpose(1, 2))[:, -1]
-    f.A -= residual_gradients()[0] / beta.clamp_min(1e-30)[:, None, None]
-
-    AS = columns(left(f.A, f.S), f.B)  # (n, d_out, b_in)
-    peak = d.view(len(f.B), -1).amax(1)
-    beta = 2 / Z * torch.linalg.eigvalsh(AS.transpose(1, 2) @ AS)[:, -1] * peak
-    f.B -= residual_gradients()[2] / beta.clamp_min(1e-30)[:, None, None]
-
-    of_A = torch.linalg.eigvalsh(f.A.transpose(1, 2) @ f.A)[:, -1]
-    of_B = torch.linalg.eigvalsh((f.B * d.view(len(f.B), 1, -1)) @ f.B.transpose(1, 2))[:, -1]
-    beta = 2 / Z * of_A[:, None] * of_B  # (m, n): the block pairs of S are independent of each other
-    beta = beta.repeat_interleave(f.A.shape[1], 0).repeat_interleave(f.B.shape[1], 1)
-    f.S -= residual_gradients()[1] * f.M / beta.clamp_min(1e-30)
-
-
-def alternating_least_squares(f: Factors, W_bar: Tensor, d: Tensor) -> None:
-    """Section 10.2: B and then A by their exact minimisers; d cancels out of B's normal equations, column by column."""
-    AS = columns(left(f.A, f.S), f.B)
-    f.B = solve_psd(AS.transpose(1, 2) @ AS, AS.transpose(1, 2) @ columns(W_bar, f.B), f.B)
-    P = right(f.S, f.B).view(len(f.A), f.A.shape[1], -1)
-    PD = (P * d).transpose(1, 2)
-    W_blocks = W_bar.view(len(f.A), f.A.shape[1], -1)
-    f.A = solve_psd(P @ PD, (W_blocks @ PD).transpose(1, 2), f.A.transpose(1, 2)).transpose(1, 2).contiguous()
-
-
-def solve_psd(gram: Tensor, rhs: Tensor, current: Tensor) -> Tensor:
-    """argmin_X tr(X^T gram X) - 2 tr(X^T rhs) per block, as a correction of `current`, so that a tiny ridge (which a
-    singular gram needs) pulls towards the current value and the loss cannot rise."""
-    ridge = 1e-7 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-    gram_r = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram_r)
-    return current + torch.cholesky_solve(rhs - gram @ current, factor)
-
-
-# --------------------------------------------------------------------------------------------------- steps 6 and 7
-
-
-def denormalise(f: Factors, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step 6: folds r2 (d_out,) into the rows of A and r1 (d_in,) into the columns of B. Returns (A', S, B')."""
-    return f.A * r2.view(len(f.A), -1, 1), f.S, f.B * r1.view(len(f.B), 1, -1)
-
-
-def rebalance(A: Tensor, S: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves a power of two from blocks whose largest entry leaves [2^-8, 2^8] into S: exact, and safe in fp16."""
-
-    def shift(blocks: Tensor) -> Tensor:
-        peak = blocks.abs().amax((1, 2))
-        outside = ((peak < 1 / FP16_RANGE) | (peak > FP16_RANGE)) & (peak > 0)
-        return torch.where(outside, torch.exp2(torch.floor(torch.log2(peak.clamp_min(1e-38)))), 1.0)
-
-    to_rows, to_columns = shift(A), shift(B)
-    S = S * to_rows.repeat_interleave(A.shape[1])[:, None] * to_columns.repeat_interleave(B.shape[1])
-    return A / to_rows[:, None, None], S, B / to_columns[:, None, None]
-
-
-def refit(
-    W: Tensor, H: Tensor | None, A: Tensor, S: Tensor, M: Tensor, B: Tensor, what: str, cg_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Step 7 [section 10.1]: lowers tr((ASB - W) H (ASB - W)^T) by A in closed form, then by S with its mask fixed.
-
-    A_m = W_m H P_m^T (P_m H P_m^T)^-1 with P = S B; then `cg_steps` of conjugate gradients, Jacobi-preconditioned, on
-    (A^T A) S (B H B^T) = A^T W H B^T restricted to the kept entries. W (d_out, d_in), H (d_in, d_in) = mean x x^T.
-    """
-    if H is None:
-        raise UserError("--refit needs full Hessians, which this calibration did not collect; use --refit none.")
-    # H is the largest tensor here, half a gigabyte at d_in = 11008: its damping is added to what it is multiplied with.
-    damping = DAMPING * H.diagonal().mean().item()
-    WH = (W @ H).add_(W, alpha=damping)
-    P = right(S, B)
-    P_blocks = P.view(len(A), A.shape[1], -1)
-    gram = P_blocks @ (P @ H).add_(P, alpha=damping).view_as(P_blocks).transpose(1, 2)
-    target = WH.view_as(P_blocks) @ P_blocks.transpose(1, 2)
-    del P, P_blocks
-    A = solve_psd((gram + gram.transpose(1, 2)) / 2, target.transpose(1, 2), A.transpose(1, 2)).transpose(1, 2)
-    A = A.contiguous()
-    if what == "A":
-        return A, S
-    Q = right(H, B.transpose(1, 2))  # H B^T, and row by row of blocks B H B^T
-    for n, (block, rows) in enumerate(zip(B, Q.split(B.shape[1]), strict=True)):
-        rows[:, n * len(block) : (n + 1) * len(block)].add_(block.T, alpha=damping)
-        rows.copy_(block @ rows)
-    AtA = A.transpose(1, 2) @ A
-    diagonal = AtA.diagonal(dim1=1, dim2=2).reshape(-1, 1) * Q.diagonal()
-    inverse_diagonal = M / diagonal.clamp_min(1e-30)
-    residual = left(A.transpose(1, 2), right(WH, B.transpose(1, 2)).sub_(left(A, S @ Q))).mul_(M)
-    del WH, diagonal
-    S = S.clone()
-    direction = residual * inverse_diagonal
-    rz = torch.sum(residual * direction)
-    for _ in range(cg_steps):
-        image = left(AtA, direction @ Q).mul_(M)
-        curvature = torch.sum(direction * image)
-        if not curvature > 0 or not rz > 0:  # converged to the last bit, or nothing to fit
-            break
-        step = (rz / curvature).item()
-        S.add_(direction, alpha=step)
-        residual.sub_(image, alpha=step)
-        z = torch.mul(residual, inverse_diagonal, out=image)
-        rz, previous = torch.sum(residual * z), rz
-        direction.mul_(rz / previous).add_(z)
-    return A, S

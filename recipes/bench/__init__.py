@@ -1,1 +1,1 @@
-"""Speed, measured: kernels, whole models, other engines beside ours."""
+"""Speed, measured: kernels, whole models, other engines beside ours. `python -m recipes.bench`."""

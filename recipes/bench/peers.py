@@ -3,7 +3,7 @@
 python -m recipes.bench.peers [--output runs/bench-peers.json]
 
 llama.cpp runs Q4_0 and Q8_0 (32 weights share a scale), we 4 and 8 bits in groups of 128; both store every matrix so, the
-head included. Each run is a process of its own, and rivals take turns: only ratios within a round are compared. Decoding
+head included. Each run is a process of its own, and both take turns: only ratios within a round are compared. Decoding
 starts after 32 tokens; prefill is a prompt of 512. "compiled" is torch.compile with a cache of fixed length: 500 modules
 take longer to call from Python than llama.cpp's graph takes to walk.
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +21,8 @@ import gguf
 import numpy as np
 import torch
 
-from recipes.bench.kernels import ONE_B
+from recipes.bench.models import ONE_B
+from recipes.bench.rounds import run_apart, write_rows
 
 PAIRS = {"packed_4": "Q4_0", "packed_8": "Q8_0"}
 COMPILED = "{}, compiled"
@@ -34,7 +33,7 @@ NEW_TOKENS = 24
 
 
 def write_gguf(path: Path, kind: str) -> None:
-    """The 1 B model of `recipes.bench.kernels` with random codes of one type."""
+    """The 1 B model of `recipes.bench.models` with random codes of one type."""
     config, writer, random = ONE_B, gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     keys = config.num_key_value_heads * hidden // heads
@@ -80,7 +79,7 @@ def write_gguf(path: Path, kind: str) -> None:
 
 
 def run_llama_cpp(path: Path, repeats: int = 3) -> dict[str, float]:
-    """Seconds per decoded token and of the prompt, medians, as `recipes.bench.kernels.run_model` measures ours."""
+    """Seconds per decoded token and of the prompt, medians, as `recipes.bench.models.run_model` measures ours."""
     import llama_cpp
 
     threads = torch.get_num_threads()
@@ -109,13 +108,12 @@ def compare(rounds: int) -> list[dict]:
         commands = {}
         for ours, theirs in PAIRS.items():
             write_gguf(Path(scratch, theirs), theirs)
-            commands[ours] = ["-m", "recipes.bench.kernels", "--model", ours, "--tokens", str(NEW_TOKENS)]
+            commands[ours] = ["recipes.bench.models", "--model", ours, "--tokens", NEW_TOKENS]
             commands[COMPILED.format(ours)] = [*commands[ours], "--compiled"]
-            commands[theirs] = ["-m", "recipes.bench.peers", "--run", str(Path(scratch, theirs))]
+            commands[theirs] = ["recipes.bench.peers", "--run", Path(scratch, theirs)]
         for _ in range(rounds):
             for name, command in commands.items():
-                done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
-                runs.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+                runs.setdefault(name, []).append(run_apart(*command))
     return [
         row(phase, tokens, kind, theirs, runs)
         for ours, theirs in PAIRS.items()
@@ -147,9 +145,7 @@ def main() -> None:
         speeds = "  ".join(f"{name} {speed:.1f} tokens/s" for name, speed in found["tokens_per_second"].items())
         ratios = " ".join(f"{ratio:.2f}x" for ratio in found["speed_over_llama_cpp"])
         print(f"{found['phase']:8} {speeds}  ours over llama.cpp, round by round: {ratios}")
-    flags.output.parent.mkdir(parents=True, exist_ok=True)
-    flags.output.write_text(json.dumps(rows, indent=1) + "\n")
-    print(flags.output)
+    write_rows(rows, flags.output)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from recipes.armor import Armor, init_nowag, optimise
+from recipes.armor import Armor
+from recipes.armor.factorisation import init_nowag, optimise
 from recipes.common.loops.streaming import MatrixStore, StreamedModel, compress_blocks
 from recipes.common.parts.pruners import normalize
-from zoo.checkpoint import atomic_folder
+from zoo.folder import atomic_folder
 
 STEPS = 2  # of the loop, and of the refit
 SEVEN_B = LlamaConfig(  # LLaMA-2-7B's shape: 6.7 B parameters
@@ -72,14 +73,12 @@ def compress_first_blocks(folder: Path, recipe: Armor, blocks: int) -> float:
     """Seconds that the first `blocks` blocks take."""
     model = StreamedModel(folder)
     tokens = torch.randint(0, model.config.vocab_size, (recipe.nsamples, recipe.seqlen))
-    recipe.baselines = ["none"]
-    recipe.check()
     with tempfile.TemporaryDirectory(dir=folder.parent) as state:
         began = time.perf_counter()
         compress_blocks(
             model,
             tokens,
-            recipe.methods(),
+            recipe.methods(None, seed=0),  # ARMOR asks nothing of its run
             MatrixStore(Path(state)),
             workers=recipe.workers or torch.get_num_threads(),
             blocks=range(blocks),
@@ -123,7 +122,7 @@ def main() -> None:
         write_random_model(flags.folder, SEVEN_B)
     size = sum(path.stat().st_size for path in flags.folder.glob("*.safetensors"))
     print(f"{flags.folder}: {size / 1e9:.1f} GB on disk")
-    recipe = Armor(iters=STEPS, refit_steps=STEPS)
+    recipe = Armor(iters=STEPS, refit_steps=STEPS, baselines=["none"])
     seconds = compress_first_blocks(flags.folder, recipe, flags.blocks) / flags.blocks
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak resident memory over {flags.blocks} blocks: {peak / 2**30:.2f} GiB", flush=True)

@@ -1,7 +1,7 @@
 """Which pair of widths each layer may get and does get: pruning, clustering, and the rules that a search is held against.
 
 Pairs are (key bits, value bits). A genome holds one choice per group: an index into the group's candidates, which are
-sorted by falling bits. Errors are e_o of section 3.2, one per layer and pair.
+sorted by falling bits. Errors are e_o of step 2, one per layer and pair.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def singles(candidates: Sequence[tuple[Pair, ...]]) -> list[Group]:
     return [Group((layer,), kept) for layer, kept in enumerate(candidates)]
 
 
-# --------------------------------------------------------------------------------------------- pruning, section 3.3
+# ----------------------------------------------------------------------------------------------------- pruning, step 3
 
 
 def pareto_pairs(errors: dict[Pair, float]) -> tuple[Pair, ...]:
@@ -55,7 +55,7 @@ def pareto_pairs(errors: dict[Pair, float]) -> tuple[Pair, ...]:
     return tuple(reversed(kept))
 
 
-# ------------------------------------------------------------------------------------------ clustering, section 3.4
+# -------------------------------------------------------------------------------------------------- clustering, step 4
 
 
 def cluster(
@@ -111,7 +111,7 @@ def dbscan(points: np.ndarray, eps: float, min_samples: int) -> list[list[int]]:
     return list(clusters.values())
 
 
-# ------------------------------------------------------------------------------- starting points and rivals, section 8
+# --------------------------------------------------------------------------------------- starting points and baselines
 
 
 def ladder(groups: Sequence[Group], errors: Sequence[dict[Pair, float]], reverse: bool = False) -> list[Genome]:

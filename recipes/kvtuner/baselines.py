@@ -1,4 +1,4 @@
-"""What a searched table of KV-cache widths is measured against: section 8 of the sheet of KVTuner."""
+"""What a searched table of KV-cache widths is measured against: uniform tables and other rules."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ WIDER = 6.0  # bits: the paper's other budget; what was found within it is repor
 ASIDE = ("unclustered",)  # runs only if it is named: as many evaluations again
 
 
-def rival_names(menu: Sequence[Pair], mode: str) -> list[str]:
+def table_names(menu: Sequence[Pair], mode: str) -> list[str]:
     """In the order of the report: uniform tables, those of the other mode, other rules, other finds of the search."""
     uniform = [pair_name(pair) for pair in menu if pair != (16, 16)]
     chosen = ["ladder", "reversed", "depth", "random", "knapsack", "second", f"within-{WIDER:g}"]
     return [*uniform, *_other_mode(mode), *chosen]
 
 
-def check_rivals(names: Sequence[str], mode: str, head_dim: int) -> list[str]:
+def unfit_baselines(names: Sequence[str], mode: str, head_dim: int) -> list[str]:
     """Those of `names` that do not fit the head size: KIVI's groups of 32 do not divide every one."""
     unfit = head_dim % FORMATS[_other(mode)].group(head_dim)
     return [name for name in names if unfit and name in _other_mode(mode)]
 
 
-def rival_tables(
+def baseline_tables(
     names: Sequence[str],
     table: Table,
     errors: Sequence[dict[Pair, float]],
@@ -39,7 +39,7 @@ def rival_tables(
     seed: int,
     unclustered: Callable[[list[Group]], Table],
 ) -> dict[str, list[tuple[Table, CacheFormat]]]:
-    """The tables of every named rival that is not a find of the search: uniform ones, and what other rules give for the
+    """The tables of every named baseline that is not a find of the search: uniform ones, and what other rules give for the
     bits of `table`. unclustered: the search's pick for the groups it is given.
     """
     bits, alone, layers = equivalent_bits(table), singles(candidates), len(table)

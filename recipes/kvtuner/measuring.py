@@ -1,54 +1,82 @@
-"""What the recipe `kvtuner` measures of a finished table: text, retrieval, tasks, and the speed of the real cache."""
+"""What the recipe `kvtuner` measures and says of a table: text, retrieval, tasks, the speed of the real cache, evidence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from recipes.common.data.texts import load_text
-from recipes.common.loops.streamed import EVALUATION_TEXTS, held_out_windows, load_fp32, measure_model
-from recipes.common.metrics.language import compare_speed, ratio
+from recipes.common.domains.language import Language
+from recipes.common.metrics.speed import compare_speed, ratio
 from recipes.kvtuner.retrieving import Item, hidden_codes, retrieval
-from recipes.kvtuner.searching import front
-from recipes.kvtuner.simulation import quantised_cache
 from recipes.kvtuner.tables import (
     CacheFormat,
     Pair,
     Table,
-    bytes_per_token,
-    effective_bits,
-    equivalent_bits,
+    cache_shape,
     pair_name,
 )
-from zoo.checkpoint import load_compression
+from zoo.cache import layer_types
+from zoo.errors import UserError
+from zoo.folder import open_folder
 
 
-def measure_cache(
-    model: nn.Module, tokenizer, windows: dict[str, Tensor], items: list[Item], settings: dict
-) -> dict[str, dict]:
-    """The metrics that a report claims, of the model as it is now: held-out texts, tasks, codes in long prompts."""
-    return measure_model(model, tokenizer, windows, settings) | (retrieval(model, items) if items else {})
+@dataclass
+class CacheLanguage(Language):
+    """Language models with codes to find in long prompts, which a rounded cache loses first."""
+
+    compressed: bool = True
+    exports: ClassVar[tuple[str, ...]] = ()  # the weights are the base model's: any engine loads them
+
+    @cached_property
+    def items(self) -> list[Item]:
+        return hidden_codes(self.tokenizer, self.settings["retrieval_items"], self.settings["retrieval_tokens"])
+
+    @property
+    def windowed(self) -> tuple[str, ...]:
+        found = ("seqlen", "eval_seqlen", "speed_tokens")
+        return (*found, "retrieval_tokens") if self.settings["retrieval_items"] else found
+
+    def check(self) -> None:
+        super().check()
+        self.items  # noqa: B018 (made now: too few tokens are refused)
+
+    def metrics(self, model: nn.Module) -> dict[str, dict]:
+        return super().metrics(model) | (retrieval(model, self.items) if self.items else {})
 
 
-def remeasure(folder: Path, report: dict) -> dict[str, dict]:
-    """Measures a finished checkpoint again as its report says it was measured: what `verify` compares with."""
-    config = AutoConfig.from_pretrained(folder).kv_cache_quantization
-    form = CacheFormat(config["mode"], config["group_size"], config["residual_length"])
-    model, tokenizer, settings = load_fp32(folder).eval(), AutoTokenizer.from_pretrained(folder), report["config"]
-    windows = held_out_windows({name: load_text(name) for name in EVALUATION_TEXTS}, tokenizer, settings)
-    items = hidden_codes(tokenizer, settings["retrieval_items"], settings["retrieval_tokens"])
-    with quantised_cache(model, tuple(map(tuple, config["layers"])), form):
-        return measure_cache(model, tokenizer, windows, items, settings)
+def check_cache(config, model: str, menu: Sequence[Pair], form: CacheFormat) -> None:
+    """Raises UserError for a model whose cache cannot be quantised to these widths."""
+    if getattr(config, "kv_cache_quantization", None):
+        raise UserError(f"--model {model}: its cache has a table already; name the model that it was searched for.")
+    odd = [i for i, kind in enumerate(layer_types(config)) if kind != "full_attention"]
+    if odd:
+        raise UserError(
+            f"--model {model}: layers {', '.join(map(str, odd))} do not attend to all tokens"
+            f" ({layer_types(config)[odd[0]]}); a model with full attention in every layer is needed."
+        )
+    head_dim = cache_shape(config)[2]
+    step = max(1, 8 // min(bits for pair in menu for bits in pair))
+    for divisor, what in ((step, f"{step} codes in a byte"), (form.group(head_dim), "--group-size")):
+        if head_dim % divisor:
+            raise UserError(f"--model {model}: its head size {head_dim} is no multiple of {divisor} ({what}).")
+
+
+def stored_dtype(base: Path) -> torch.dtype:
+    """A dtype that holds all of the base's weights, or what is not packed of them, as they are."""
+    tensors = open_folder(base).tensors
+    return reduce(torch.promote_types, {t.dtype for t in map(tensors.get, tensors) if t.is_floating_point()})
 
 
 def packed_layers(folder: Path) -> list[dict]:
     """`layers` of the report: what was packed already in the base that the table was searched for."""
-    compression = load_compression(folder)
+    compression = open_folder(folder).compression
     losses = compression.get("proxy_loss", {})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
@@ -58,48 +86,6 @@ def packed_layers(folder: Path) -> list[dict]:
         shape = {"d_out": linear.out_features, "d_in": linear.in_features}
         rows.append({"name": name, **spec, **shape, "loss_init": first, "loss_final": final, "output_error": None})
     return rows
-
-
-def cache_findings(
-    found: dict,
-    models: dict[str, tuple[Table, CacheFormat]],
-    kls: dict[str, float],
-    *,
-    menu: Sequence[Pair],
-    objective: str,
-    kv_heads: int,
-    head_dim: int,
-) -> dict:
-    """`cache` of the report: the table, how it was found, and what the cache of every model measured takes.
-
-    Args:
-        found: what `KVTuner.tune` returns. models: the recipe's own first. kls: on held-out text, by model.
-    """
-    table, form = next(iter(models.values()))
-    uniform = {pair: (pair,) * len(table) for pair in [*menu, (16, 16)]}
-    return {
-        **asdict(form),
-        "layers": [list(pair) for pair in table],
-        "objective": objective,
-        "dense_bytes_per_token": bytes_per_token(uniform[16, 16], form, kv_heads, head_dim),
-        "models": {
-            name: {
-                "equivalent_bits": equivalent_bits(own),
-                "effective_bits": effective_bits(own, its_form, head_dim),
-                "bytes_per_token": bytes_per_token(own, its_form, kv_heads, head_dim),
-                "kl": kls[name],
-            }
-            for name, (own, its_form) in models.items()
-        },
-        "searched": [{"bits": bits, "loss": loss} for loss, bits in found["archive"].values()],
-        "uniform": {
-            pair_name(pair): dict(zip(("loss", "bits"), found["archive"][uniform[pair]], strict=True)) for pair in menu
-        },
-        "front": front(found["archive"]),
-        "groups": [{"layers": list(g.layers), "candidates": [list(p) for p in g.candidates]} for g in found["groups"]],
-        "errors": {pair_name(pair): [row[pair] for row in found["errors"]] for pair in menu},
-        "seconds": found["seconds"],
-    }
 
 
 def measure_cache_speed(base: Path, folder: Path, prompt_tokens: int, repeats: int = 3) -> dict[str, dict[str, dict]]:
@@ -119,3 +105,22 @@ def measure_cache_speed(base: Path, folder: Path, prompt_tokens: int, repeats: i
         speed["decode"][key] = ratio(packed["decode_tokens_per_s"], dense["decode_tokens_per_s"])
         speed["prefill"][key] = ratio(dense["prefill_seconds"], packed["prefill_seconds"])
     return speed
+
+
+def notes(table: Table, prefill: str, packed_by: str | None) -> list[str]:
+    """What a reader must know besides the numbers. packed_by: the method that packed the base model's weights, if any."""
+    nearest = [
+        min((b for b in (4, 8, 16) if b >= sum(bits) / len(table)), default=16) for bits in zip(*table, strict=True)
+    ]
+    lines = [
+        "quality was measured with quantised keys and values already inside prefill, so that errors cross layers;"
+        f" the checkpoint's default for prompts is `prefill: {prefill}`",
+        "engines without widths per layer ignore the table; the nearest uniform cache without fewer bits is"
+        f" {pair_name(tuple(nearest))}",
+    ]
+    if packed_by:
+        lines.append(
+            f"the weights of the base model are packed already ({packed_by}); the row dense is that model"
+            " with a 16-bit cache"
+        )
+    return lines

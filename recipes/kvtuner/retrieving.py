@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from recipes.common.data.assets import asset_path
-from recipes.common.metrics.language import metric
+from recipes.common.metrics.metric import metric
 from zoo.errors import UserError
 
 TASK = "squad-dev"

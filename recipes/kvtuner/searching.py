@@ -7,20 +7,22 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from recipes.common.core.recipe import World, cached_json
+from recipes.common.core.state import World, cached_json
+from recipes.common.metrics.language import perplexity, run_tasks
 from recipes.kvtuner.allocation import Group, ladder, table_of, uniform_genome
 from recipes.kvtuner.genetic import Point, nsga2, pareto_front
 from recipes.kvtuner.simulation import first_divergence, log_probabilities, mean_kl, quantised_cache
 from recipes.kvtuner.tables import CacheFormat, Pair, Table, equivalent_bits, parse_table, table_text
 from zoo.errors import UserError
 
-PATIENCE = 60  # evaluations without gain of hypervolume before the search stops (section 3.5)
-SHIPPED = 2  # tables per budget (section 3.5)
+PATIENCE = 60  # evaluations without gain of hypervolume before the search stops
+SHIPPED = 2  # tables per budget that go to held-out text (step 6)
 Archive = dict[Table, Point]  # every table evaluated, in order, with its (loss, bits)
 
 
@@ -91,8 +93,10 @@ def drop_torn_line(path: Path) -> None:
         path.write_text(text[: text.rfind("\n") + 1])
 
 
-def load_objective(name: str) -> Callable:
-    """The function that 'module:function' names."""
+def check_objective(name: str) -> Callable | None:
+    """The function that 'module:function' names; None for kl, ppl and gsm8k."""
+    if name in ("kl", "ppl", "gsm8k"):
+        return None
     module, _, function = name.partition(":")
     if not (module and function):
         raise UserError(f"--objective {name}: kl, ppl, gsm8k or module:function is needed.")
@@ -100,6 +104,18 @@ def load_objective(name: str) -> Callable:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--objective {name}: there is no such function ({error}).") from None
+
+
+def make_objective(name: str, model: nn.Module, tokenizer, windows: Tensor) -> Callable[[], float]:
+    """What the search lowers, for the model as it is when called; windows (N, T) are searched on."""
+    if name == "kl":
+        return partial(mean_kl, model, windows, log_probabilities(model, windows))
+    if name == "ppl":
+        return lambda: perplexity(model, windows)["value"]
+    if name == "gsm8k":
+        score = "exact_match-flexible-extract/gsm8k_cot"
+        return lambda: 1 - run_tasks(model, tokenizer, ["gsm8k_cot"], len(windows))[score]["value"]
+    return partial(check_objective(name), model, tokenizer)
 
 
 def search(
@@ -113,7 +129,7 @@ def search(
     population: int,
     seed: int,
 ) -> Archive:
-    """Section 3.5: the uniform tables of the menu, then NSGA-II over one choice per group, `evals` tables in all.
+    """Step 5: the uniform tables of the menu, then NSGA-II over one choice per group, `evals` tables in all.
 
     The first population: what comes nearest to the uniform tables, and the steps of the greedy ladder nearest to
     `max_bits`. errors: e_o, one dict per layer.

@@ -2,7 +2,7 @@
 
 Every measurement of the recipe `kvtuner` runs here: the model is a stock one, and while a hook is set its attention
 layers read keys and values (after RoPE and norms) that were quantised and dequantised, already in prefill, so that
-errors cross layers as in section 4 of the paper.
+errors cross layers as in the paper.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def quantised_cache(model: nn.Module, table: Table, form: CacheFormat) -> Iterat
         yield
 
 
-# ---------------------------------------------------------------------------------------------- errors, section 3.2
+# ------------------------------------------------------------------------------------------------------ errors, step 2
 
 
 class Errors(NamedTuple):
@@ -170,7 +170,7 @@ def relative(x: Tensor, x_hat: Tensor) -> Tensor:
     return ratio.flatten(1).sum(1) / there.flatten(1).sum(1)
 
 
-# --------------------------------------------------------------------------------------------- objectives, section 3.5
+# -------------------------------------------------------------------------------------------------- objectives, step 5
 
 
 @torch.inference_mode()

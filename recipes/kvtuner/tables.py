@@ -35,6 +35,23 @@ class CacheFormat:
 FORMATS = {"per_token": CacheFormat(), "kivi": CacheFormat("kivi", 32, 32)}
 
 
+def cache_format(mode: str, group_size: int | None, residual_length: int | None) -> CacheFormat:
+    """The format of a mode; None stands for its usual number. Raises UserError for numbers that the mode does not take."""
+    usual = FORMATS[mode]
+    group = usual.group_size if group_size is None else group_size
+    residual = usual.residual_length if residual_length is None else residual_length
+    if mode == "per_token" and (group, residual) != (-1, 0):
+        raise UserError(
+            f"--mode per_token: --group-size {group} and --residual-length {residual} are for --mode kivi; a token"
+            " and head is one group, and there is no residual."
+        )
+    if mode == "kivi" and (group < 8 or group % 8):
+        raise UserError(f"--group-size {group}: a multiple of 8 is needed with --mode kivi. Try 32, the default.")
+    if mode == "kivi" and (residual < group or residual % group):
+        raise UserError(f"--residual-length {residual}: a multiple of --group-size {group} is needed with --mode kivi.")
+    return CacheFormat(mode, group, residual)
+
+
 def pair_name(pair: Pair) -> str:
     """'K8V4', and 'KV8' for (8, 8)."""
     k, v = pair
@@ -57,7 +74,7 @@ def effective_bits(table: Table, form: CacheFormat, head_dim: int) -> float:
 
 
 def bytes_per_token(table: Table, form: CacheFormat, kv_heads: int, head_dim: int) -> int:
-    """Bytes that one more token takes in all layers together (section 4)."""
+    """Bytes that one more token takes in all layers together."""
     return round(effective_bits(table, form, head_dim) * 2 * len(table) * kv_heads * head_dim / 8)
 
 
@@ -137,6 +154,16 @@ def read_table(source: str) -> tuple[str | None, Table]:
         raise UserError(f"{what}: every layer from 0 to the last is needed once, there are {numbers}.")
     check_widths(table, what)
     return mode, table
+
+
+def given_table(source: str, mode: str, max_bits: float) -> Table:
+    """The table of --load-table, if it is for this mode and within the bits."""
+    own_mode, table = read_table(source)
+    if own_mode not in (None, mode):
+        raise UserError(f"--load-table {source}: it is for mode {own_mode}, not {mode}; pass --mode {own_mode}.")
+    if (bits := equivalent_bits(table)) > max_bits:
+        raise UserError(f"--load-table {source}: it has {bits:.4g} bits, --max-bits is {max_bits:g}; raise that.")
+    return table
 
 
 def official_yaml(table: Table) -> str:

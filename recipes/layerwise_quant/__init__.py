@@ -21,47 +21,47 @@ AWQ by default, which lost least at 3 and 4 bits where it was compared (`--paper
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
 from recipes.common.core.plots import layer_index
-from recipes.common.core.recipe import cached_json
-from recipes.common.data.texts import calibration_windows
-from recipes.common.loops.streamed import LayerwiseRecipe, Run, load_fp32
+from recipes.common.domains.language import LanguageRecipe
+from recipes.common.loops.streamed import Streamed
 from recipes.common.loops.streaming import InputStatistics, MatrixStore, Method, Variant
-from recipes.common.metrics.language import over_runs, perplexity
-from recipes.common.parts.pruners import LayerStats, sparsegpt
+from recipes.common.metrics.language import perplexity
+from recipes.common.parts.pruners import LayerStats, PerGroup, sparsegpt
 from recipes.layerwise_quant.claims import claims_table
-from recipes.layerwise_quant.folding import Fold, block_scales, folds_of, sources
-from recipes.layerwise_quant.importance import block_damage, kendall_tau, least_first, score_block
-from recipes.layerwise_quant.plans import WIDTHS, cut_plans, parse_levels, pinned, read_scores, step_down
-from recipes.layerwise_quant.quantizers import Quantized, awq, awq_scales, gptq, hqq, rtn
+from recipes.layerwise_quant.evidence import curve_evidence, importance_evidence
+from recipes.layerwise_quant.folding import Fold, block_scales, sources
+from recipes.layerwise_quant.importance import block_damage, kendall_tau, score_block
+from recipes.layerwise_quant.mixtures import QuantRun, notes
+from recipes.layerwise_quant.plans import (
+    ORDERS,
+    WIDTHS,
+    cut_plans,
+    mixture_digest,
+    parse_levels,
+)
+from recipes.layerwise_quant.quantizers import GPTQ_TOKENS, Quantized, awq, awq_scales, gptq, hqq, rtn
 from zoo.checkpoint import HEAD
 from zoo.errors import UserError
 from zoo.kernels.packed_linear.reference import check_format, pack_codes
-from zoo.record.verify import layer_bytes
+from zoo.layers.packing import row_bytes
 
 BACKENDS = ("rtn", "hqq", "gptq", "awq")
-MEASURED = ("lim", "zd", "zd-two-sided", "sensitivity")
-ORDERS = (*MEASURED, "random", "depth", "ends")
-RANDOM_ORDERS = 3
-SENSITIVITY_TOKENS = 4096
-STABLE = 0.9  # Kendall's tau between two halves of the text that LIM should reach (section 3.1)
 HEAD_ROWS = 8192  # of the head that are quantised at once
-PRUNED_GROUP = 64  # weights of which the rival of equal bytes keeps the same number everywhere, unless it must be fewer
-GPTQ_TOKENS = 20  # calibration tokens per input feature below which GPTQ may lose to rounding (section 6)
+PRUNED_GROUP = 64  # weights of which the sparse baseline keeps the same number everywhere, unless it must be fewer
 
 
-@dataclass
-class LayerwiseQuant(LayerwiseRecipe):
+@dataclass(frozen=True)
+class LayerwiseQuant(Streamed, LanguageRecipe):
     """Quantise every decoder linear to a mixture of two bit widths that meets any average."""
 
     model: str = field(
@@ -112,22 +112,39 @@ class LayerwiseQuant(LayerwiseRecipe):
         default=2, metadata={"help": "points of each order's curve of quality against bits, besides its ends; 0 = none"}
     )
 
-    method = "layerwise-quant"
     paper_title = (
         "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer Bit-Levels"
     )
     arxiv = "2406.17415"
+    run_type = QuantRun
 
     # -------------------------------------------------------------------------------------------- before any work
 
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Bits, the highest first."""
+        return parse_levels(self.levels, self.avg_bits)
+
+    @cached_property
+    def zeros(self) -> dict[str, str]:
+        """Kind of zero points of each backend."""
+        kinds = {"rtn": "integer", "gptq": "integer", "awq": "integer", "hqq": "float"}
+        return kinds | dict.fromkeys(("rtn", "gptq", "awq"), "none") if self.symmetric else kinds
+
+    @property
+    def own_order(self) -> str:
+        return self.importance if self.importance in ORDERS else "file"
+
+    @property
+    def ignored(self) -> list[str]:
+        """With --head_bits the head is none of the blocks' business."""
+        return [part for part in self.ignore if part != HEAD] if self.head_bits else self.ignore
+
     def check(self) -> None:
-        """Refuses impossible values before any work."""
-        self.widths = parse_levels(self.levels, self.avg_bits)
-        self.zeros = {"rtn": "integer", "gptq": "integer", "awq": "integer", "hqq": "float"}
-        if self.symmetric:
-            self.zeros |= dict.fromkeys(("rtn", "gptq", "awq"), "none")
-            if self.backend == "hqq":
-                raise UserError("--symmetric: HQQ searches zero points; use --backend rtn, gptq or awq.")
+        """Refuses impossible values."""
+        self.widths  # noqa: B018 (parsed now)
+        if self.symmetric and self.backend == "hqq":
+            raise UserError("--symmetric: HQQ searches zero points; use --backend rtn, gptq or awq.")
         if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
             raise UserError(f"--group_size {self.group_size}: a multiple of 32, or -1 for whole rows, is needed.")
         if self.model == "smollm2-135m-instruct" and self.group_size == 32 and not self.symmetric:
@@ -137,18 +154,14 @@ class LayerwiseQuant(LayerwiseRecipe):
             )
         if self.importance not in ORDERS and not self.importance.endswith(".json"):
             raise UserError(f"--importance {self.importance}: one of {', '.join(ORDERS)} or a .json file is needed.")
-        self.own_order = self.importance if self.importance in ORDERS else "file"
         if self.head_bits not in (None, *WIDTHS):
             raise UserError(f"--head_bits {self.head_bits}: one of {', '.join(map(str, WIDTHS))} is needed.")
-        if self.head_bits:
-            self.ignore = [part for part in self.ignore if part != HEAD]
-        if self.curve_points < 0:
-            raise UserError(f"--curve_points {self.curve_points}: 0 or more is needed.")
+        self.at_least(curve_points=0)
         if self.seqlen < 3 or self.nsamples < 2:
             raise UserError(f"--nsamples {self.nsamples} --seqlen {self.seqlen}: 2 windows of 3 tokens at least.")
 
     def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
-        """Refuses a matrix that the widths or groups do not fit, before any work."""
+        """Refuses a matrix that the widths or groups do not fit."""
         for bits in (self.head_bits,) if name == HEAD else self.widths:
             try:
                 check_format(d_in, bits, self.group_size)
@@ -160,39 +173,58 @@ class LayerwiseQuant(LayerwiseRecipe):
                 f" inputs of {name}, too few for GPTQ; use at least {math.ceil(GPTQ_TOKENS * d_in / self.seqlen)}."
             )
 
-    def modules(self, streamed) -> dict[str, nn.Linear]:
-        """The linears, the head last; also reads what of the flags depends on the number of blocks."""
-        self.linears, self.streamed, self.scaled = super().modules(streamed), streamed, {}
-        config = streamed.config.get_text_config()
-        self.folds = {
-            i: folds_of(f"{streamed.prefix}.{i}", streamed.layers[i], config, set(self.linears))
-            for i in range(len(streamed))
-        }
-        self.blocks = sorted({layer_index(name, 0) for name in self.linears})
-        self.weights = dict.fromkeys(self.blocks, 0)
-        for name, module in self.linears.items():
-            self.weights[layer_index(name, 0)] += module.in_features * module.out_features
-        self.kept = pinned(self.keep, self.blocks)
-        free = [block for block in self.blocks if block not in self.kept]
-        cut_plans(free, self.weights, self.avg_bits, self.widths)  # is the average within reach?
-        self.given = read_scores(self.importance, self.blocks) if self.own_order == "file" else None
+    def check_base(self, run: QuantRun) -> None:
+        super().check_base(run)
+        free = [block for block in run.blocks if block not in run.kept]
+        cut_plans(free, run.weights, self.avg_bits, self.widths)  # is the average within reach?
+        if self.own_order == "file":
+            run.given  # noqa: B018 (read now)
+        if "pruned" in self.baselines and not self.can_prune(run):
+            raise UserError("--baselines pruned: no sparse matrix is as small as these bits; leave it out.")
+        run.unseen(self.seed)
+
+    def modules(self, run: QuantRun) -> dict[str, nn.Linear]:
+        """The linears of the blocks, and the head last."""
         if self.head_bits is None:
-            return self.linears
-        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-        self.check_matrix(HEAD, head.out_features, head.in_features)
-        return self.linears | {HEAD: head}
+            return run.linears
+        config = run.domain.config.get_text_config()
+        return run.linears | {HEAD: nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")}
 
-    def needs(self, streamed, modules: dict[str, nn.Linear], methods: list[Method]) -> tuple:
-        """As of the blocks: the head is quantised by parts, with nothing else in memory."""
-        return super().needs(streamed, self.linears, methods)
+    # ------------------------------------------------------------------------------------------- step 4: quantisers
 
-    # -------------------------------------------------------------------------------------------------- quantising
+    def quantiser(
+        self, run: QuantRun, name: str, backend: str, forms: Callable[[int], dict[str, int]], packed: tuple[str, ...]
+    ) -> Method:
+        """A method that quantises the matrices of a block to forms(block) = {variant: bits}, all stored packed."""
+        scaled: dict[
+            int, dict
+        ] = {}  # AWQ: {bits: {linear: (columns, rows)}} of the block in work, which matrices share
 
-    def quantise(self, backend: str, name: str, weight: Tensor, stats: LayerStats, bits: int) -> Variant:
-        """One matrix (d_out, d_in) fp32 by one backend."""
+        def search(bits: int, weights: list[Tensor], stats: LayerStats, fold: Fold) -> Tensor:
+            d = fold.to_source(stats.second_moment)
+            return awq_scales(weights, stats, d, *self.options(bits), to_inputs=fold.to_inputs)
+
+        def prepare(weights: dict[str, Tensor], stats: InputStatistics) -> None:
+            block = layer_index(next(iter(weights)), 0)
+            norm = lambda name: run.streamed.tensors.get(f"{name}.weight").float()  # noqa: E731
+            arguments = run.folds[block], weights, stats.stats, norm, self.torch_dtype
+            for bits in set(forms(block).values()):
+                scaled[bits] = block_scales(*arguments, partial(search, bits))
+
+        def compress(matrix: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+            return {
+                variant: self.quantise(backend, weight, stats, bits, scaled[bits][matrix] if scaled else None)
+                for variant, bits in forms(layer_index(matrix, 0)).items()
+            }
+
+        prepared = {"prepare": prepare} if backend == "awq" else {}
+        return Method(name, compress, self.inputs(backend), packed=packed, **prepared)
+
+    def quantise(self, backend: str, weight: Tensor, stats: LayerStats, bits: int, scales: tuple | None) -> Variant:
+        """One matrix (d_out, d_in) fp32 by one backend; scales: AWQ's (columns (d_in,), rows (d_out,))."""
         options = self.options(bits)
         if backend == "awq":
-            columns, rows = self.scaled[bits][name]
+            columns, rows = scales
             variant = self.pack(awq(weight, stats, columns, rows, *options), backend)
             variant.dense, variant.folded = variant.dense * rows[:, None] / columns, {"columns": columns, "rows": rows}
             return variant
@@ -206,36 +238,24 @@ class LayerwiseQuant(LayerwiseRecipe):
 
     def options(self, bits: int) -> tuple:
         """What all quantisers take."""
-        return bits, self.group_size, self.symmetric, getattr(torch, self.dtype)
-
-    def preparation(self, backend: str, widths: Callable[[int], Iterable[int]]) -> dict:
-        """`Method.prepare` of a backend: AWQ's scales, which matrices share, at the widths of each block."""
-
-        def search(bits: int, weights: list[Tensor], stats: LayerStats, fold: Fold) -> Tensor:
-            d = fold.to_source(stats.second_moment)
-            return awq_scales(weights, stats, d, *self.options(bits), to_inputs=fold.to_inputs)
-
-        def prepare(weights: dict[str, Tensor], stats: InputStatistics) -> None:
-            block = layer_index(next(iter(weights)), 0)
-            norm = lambda name: self.streamed.tensors.get(f"{name}.weight").float()  # noqa: E731
-            arguments = self.folds[block], weights, stats.stats, norm, getattr(torch, self.dtype)
-            self.scaled = {bits: block_scales(*arguments, partial(search, bits)) for bits in widths(block)}
-
-        return {"prepare": prepare} if backend == "awq" else {}
+        return bits, self.group_size, self.symmetric, self.torch_dtype
 
     def pack(self, quantized: Quantized, backend: str) -> Variant:
-        """The tensors of section 4."""
-        dtype = getattr(torch, self.dtype)
+        """The tensors of the checkpoint."""
         tensors = {
             "qweight": pack_codes(quantized.codes, quantized.bits, self.group_size),
-            "scales": quantized.scales.to(dtype),
+            "scales": quantized.scales.to(self.torch_dtype),
         }
         if quantized.zeros is not None:
             zeros = quantized.zeros
-            tensors["zeros"] = zeros if zeros.dtype == torch.uint8 else zeros.to(dtype)
+            tensors["zeros"] = zeros if zeros.dtype == torch.uint8 else zeros.to(self.torch_dtype)
         return Variant(tensors, None, quantized.dequantize(), self.spec(backend, quantized.bits))
 
-    def pack_head(self, run: Run, store: MatrixStore) -> None:
+    def spec(self, backend: str, bits: int) -> dict:
+        """What config.json says of one matrix."""
+        return {"format": "packed", "bits": bits, "group_size": self.group_size, "zeros": self.zeros[backend]}
+
+    def pack_head(self, run: QuantRun, store: MatrixStore) -> None:
         """The head, of tied embeddings a copy of their table, to `store` as a matrix of the method."""
         if self.head_bits is None or store.has(self.method, HEAD):
             return
@@ -245,363 +265,180 @@ class LayerwiseQuant(LayerwiseRecipe):
         parts = [self.pack(rtn(rows.float(), *options), "rtn") for rows in weight.split(HEAD_ROWS)]
         packed = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
         head = Variant(packed, None, torch.cat([part.dense for part in parts]), parts[0].spec)
-        own = Method(self.method, self.compress, packed=(self.method,))
+        own = Method(self.method, lambda *_: {}, packed=(self.method,))
         facts = dict.fromkeys(("loss_init", "loss_final", "output_error", "seconds"))
         store.save(own, HEAD, {self.method: head}, {self.method: facts})
 
-    def spec(self, backend: str, bits: int) -> dict:
-        """What config.json says of one matrix."""
-        return {"format": "packed", "bits": bits, "group_size": self.group_size, "zeros": self.zeros[backend]}
+    # ------------------------------------------------------------------------------------ methods, in their two passes
 
     def inputs(self, backend: str | None = None) -> str:
         """Only GPTQ depends on its inputs enough for the order of work to matter."""
         return "sequential" if self.sequential and (backend or self.backend) == "gptq" else "dense"
 
-    def compress(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
-        """One matrix of the checkpoint, at the width of its block."""
-        return {self.method: self.quantise(self.backend, name, weight, stats, self.bits[layer_index(name, 0)])}
+    def methods(self, run: QuantRun, seed: int) -> list[Method]:
+        """The own one by the plan; candidates at every width, on inputs of the model that has the high one everywhere; the
+        other quantisers, at the same widths block by block, and a pruner.
+        """
 
-    def candidates(self) -> Method:
-        """Every matrix at both widths, on inputs of the model that has the high one everywhere (section 3.6)."""
+        def planned(name: str, backend: str) -> Method:
+            return self.quantiser(run, name, backend, lambda block: {name: run.plan(seed).bits[block]}, (name,))
+
         names = {f"{bits}-bit": bits for bits in self.widths}
-
-        def compress(matrix: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
-            return {name: self.quantise(self.backend, matrix, weight, stats, bits) for name, bits in names.items()}
-
-        prepare = self.preparation(self.backend, lambda _: names.values())
-        return Method(next(iter(names)), compress, self.inputs(), packed=tuple(names), **prepare)
-
-    def baseline_methods(self) -> list[Method]:
-        """The other quantisers, at the same widths block by block."""
-
-        def method(backend: str) -> Method:
-            def compress(name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
-                return {backend: self.quantise(backend, name, weight, stats, self.bits[layer_index(name, 0)])}
-
-            prepare = self.preparation(backend, lambda block: (self.bits[block],))
-            return Method(backend, compress, self.inputs(backend), packed=(backend,), **prepare)
-
-        rivals = [name for name in BACKENDS if name != self.backend and not (self.symmetric and name == "hqq")]
-        return [
-            *map(method, rivals),
-            *([Method("pruned", self.prune, self.inputs("gptq"))] if self.can_prune() else []),
-        ]
+        candidates = self.quantiser(run, next(iter(names)), self.backend, lambda _: names, tuple(names))
+        chosen = self.chosen(run)
+        others = [planned(name, name) for name in BACKENDS if name in chosen]
+        if "pruned" in chosen:
+            others.append(Method("pruned", partial(self.prune, run, seed), self.inputs("gptq")))
+        return [planned(self.method, self.backend), candidates, *others]
 
     def sparse_row(self, row: dict) -> dict:
         """In place of a packed matrix one of 16-bit weights and a bitmask in as many bytes: N of every M, M = 64 or less."""
-        size, itemsize = row["d_out"] * row["d_in"], getattr(torch, self.dtype).itemsize
+        size, itemsize = row["d_out"] * row["d_in"], self.torch_dtype.itemsize
         m = math.gcd(row["d_in"], PRUNED_GROUP)
-        n = int(m * (layer_bytes(row, itemsize) / size - 1 / 8) / itemsize)
-        return {"d_out": row["d_out"], "d_in": row["d_in"], "pattern": (n, m)}
+        n = int(m * (row_bytes(row, itemsize) / size - 1 / 8) / itemsize)
+        return {"format": "bitmask", "d_out": row["d_out"], "d_in": row["d_in"], "pattern": (n, m)}
 
-    def can_prune(self) -> bool:
+    def can_prune(self, run: QuantRun) -> bool:
         """Whether the bytes of the low width hold any weight at all in a sparse matrix."""
-        low = self.rows(dict.fromkeys(self.blocks, self.widths[-1]), self.backend)
+        low = run.rows(dict.fromkeys(run.blocks, self.widths[-1]), self.backend)
         return all(self.sparse_row(row)["pattern"][0] > 0 for row in low)
 
-    def prune(self, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
+    def prune(self, run: QuantRun, seed: int, name: str, weight: Tensor, stats: LayerStats) -> dict[str, Variant]:
         """SparseGPT in place of fewer bits: one matrix in as many bytes."""
         d_out, d_in = weight.shape
-        packed = {"d_out": d_out, "d_in": d_in} | self.spec(self.backend, self.bits[layer_index(name, 0)])
-        return {"pruned": Variant({}, None, sparsegpt(weight, stats, self.sparse_row(packed)["pattern"]))}
+        packed = {"d_out": d_out, "d_in": d_in} | self.spec(self.backend, run.plan(seed).bits[layer_index(name, 0)])
+        return {"pruned": Variant({}, None, sparsegpt(weight, stats, PerGroup(*self.sparse_row(packed)["pattern"])))}
 
-    # ---------------------------------------------------------------------------------------------- the two passes
-
-    def methods(self) -> list[Method]:
-        own, *rivals = super().methods()
-        own = replace(own, **self.preparation(self.backend, lambda block: (self.bits[block],)))
-        return [own, self.candidates(), *rivals]
-
-    def produce(self, run: Run, store: MatrixStore, compress) -> None:
+    def produce(self, run: QuantRun, seed: int) -> None:
         """Candidates and scores of all blocks; from them the plan; the checkpoint and the other quantisers by the plan."""
-        own, candidates, *rivals = run.methods
-        compress([candidates], observe=partial(score_block, store.folder / "blocks"))
+        (own, candidates, *others), store = self.methods(run, seed), run.store(seed)
+        run.compress(seed, [candidates], observe=partial(score_block, store.folder / "blocks"))
         if run.processes.rank == 0:
-            cached_json(store.folder / "plan.json", partial(self.make_plan, run, store))
+            run.once(f"seed-{seed}/plan", partial(self.make_plan, run, seed))
             self.pack_head(run, store)
         run.processes.barrier()
-        self.bits = Plan.read(store).bits
-        compress([own, *rivals])
+        run.compress(seed, [own, *others])
 
-    def make_plan(self, run: Run, store: MatrixStore) -> dict:
-        """The plan as JSON: scores of the blocks, their weights, and the bits that meet the average."""
-        facts = {i: json.loads((store.folder / "blocks" / f"{i}.json").read_text()) for i in self.blocks}
+    # ------------------------------------------------------------------------------------------------- steps 1 to 3
+
+    def make_plan(self, run: QuantRun, seed: int) -> dict:
+        """The plan as JSON: scores of the blocks, and the bits that meet the average."""
+        facts = {i: run.once(f"seed-{seed}/blocks/{i}", dict) for i in run.blocks}
         free = ["lim", "zd", *(["zd-two-sided"] if self.importance == "zd-two-sided" else [])]
-        scores = {name: {i: facts[i][name] for i in self.blocks} for name in free}
+        scores = {name: {i: facts[i][name] for i in run.blocks} for name in free}
         if "sensitivity" in (self.own_order, *self.chosen_baselines()):
-            scores["sensitivity"] = self.sensitivity(run, store)
-        if self.given is not None:
-            scores["file"] = self.given
-        plans = cut_plans(self.order(self.own_order, scores, self.seed), self.weights, self.avg_bits, self.widths)
-        halves = ([facts[i]["halves"][half] for i in self.blocks] for half in (0, 1))
+            scores["sensitivity"] = self.sensitivity(run, seed)
+        if self.own_order == "file":
+            scores["file"] = run.given
+        order = run.order(self.own_order, scores, seed)
+        plans = cut_plans(order, run.weights, self.avg_bits, self.widths)
         return {
-            "seed": self.seed,
+            "seed": seed,
             "scores": scores,
-            "stability": kendall_tau(*halves),
-            "bits": plans[0] if len(plans) == 1 else min(plans, key=partial(self.held_loss, run, store)),
+            "stability": kendall_tau(*([facts[i]["halves"][half] for i in run.blocks] for half in (0, 1))),
+            "bits": plans[0] if len(plans) == 1 else min(plans, key=partial(self.held_loss, run, seed)),
         }
 
-    def unseen(self, run: Run) -> list[Tensor]:
-        """Windows (T,) of calibration text that nothing is calibrated on: blocks and cuts are judged by them."""
-        count = max(1, SENSITIVITY_TOKENS // self.seqlen)
-        windows = calibration_windows(run.text, run.tokenizer, self.nsamples + count, self.seqlen, self.seed)
-        return list(windows[self.nsamples :])
-
-    def held_loss(self, run: Run, store: MatrixStore, bits: dict[int, int]) -> float:
+    def held_loss(self, run: QuantRun, seed: int, bits: dict[int, int]) -> float:
         """Perplexity of a mixture of candidates on unseen calibration text."""
-        digest = mixture_digest(bits)
 
         def make() -> dict:
-            found = perplexity(self.mixture(run, store, bits), torch.stack(self.unseen(run)))
+            found = perplexity(run.mixture(seed, bits), run.unseen(seed))
             counts = ", ".join(f"{list(bits.values()).count(width)} x {width} bits" for width in self.widths)
             print(f"plan of {counts}: perplexity {found['value']:.6g} on unseen calibration text", flush=True)
             return found
 
-        return cached_json(store.folder / "plans" / f"{digest}.json", make)["value"]
+        return run.once(f"seed-{seed}/plans/{mixture_digest(bits)}", make)["value"]
 
-    def sensitivity(self, run: Run, store: MatrixStore) -> dict[int, float]:
+    def sensitivity(self, run: QuantRun, seed: int) -> dict[int, float]:
         """Damage of each block alone at the lowest width, on unseen calibration text."""
         names = [f"{bits}-bit" for bits in self.widths]
-        model, rows, windows = load_fp32(run.base.path), [], self.unseen(run)
+        model, rows, windows = run.domain.load(run.domain.base.path), [], run.unseen(seed)
         for number, window in enumerate(windows):
             print(f"sensitivity, window {number + 1}/{len(windows)}", flush=True)
-            lowered = partial(store.weight, names[0], variant=names[-1])
-            make = partial(block_damage, model, window, self.linears, lowered)
-            rows.append(cached_json(store.folder / "sensitivity" / f"{number}.json", make))
-        return {i: statistics.fmean(row[str(i)] for row in rows) for i in self.blocks}
-
-    def order(self, name: str, scores: dict[str, dict[int, float]], seed: int) -> list[int]:
-        """The blocks, least important first, without those that --keep pins."""
-        if name == "reversed":
-            return self.order(self.own_order, scores, seed)[::-1]
-        blocks = self.blocks
-        if name.startswith("zd"):
-            importance = {i: -scores[name][i] for i in blocks}
-        elif name == "random":
-            shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
-            importance = dict(zip(blocks, shuffled, strict=True))
-        elif name == "depth":
-            importance = {i: -i for i in blocks}
-        elif name == "ends":
-            importance = {i: abs(i - (blocks[0] + blocks[-1]) / 2) for i in blocks}
-        else:
-            importance = scores[name]
-        return [i for i in least_first(importance) if i not in self.kept]
+            lowered = partial(run.store(seed).weight, names[0], variant=names[-1])
+            make = partial(block_damage, model, window, run.linears, lowered)
+            rows.append(run.once(f"seed-{seed}/sensitivity/{number}", make))
+        return {i: statistics.fmean(row[str(i)] for row in rows) for i in run.blocks}
 
     # --------------------------------------------------------------------------------------------------- measuring
 
     def baseline_names(self) -> list[str]:
         """The uniform widths, all orders, whole blocks dropped, the other quantisers."""
         orders = [name for name in self.orders() if name != self.own_order or self.inputs() != "dense"]
-        rivals = [method.name for method in self.baseline_methods()]
-        return [*(f"{bits}-bit" for bits in self.widths), *orders, "dropped", *rivals]
+        quantisers = [name for name in BACKENDS if name != self.backend and not (self.symmetric and name == "hqq")]
+        return [*(f"{bits}-bit" for bits in self.widths), *orders, "dropped", *quantisers, "pruned"]
 
     def orders(self) -> list[str]:
         """The chosen order, its reverse, and the others."""
         others = [name for name in ORDERS if name not in (self.own_order, "zd-two-sided")]
         return [self.own_order, "reversed", *others]
 
-    def measure_baselines(self, run: Run) -> dict[str, list[dict]]:
-        measured = {}
-        for name in self.chosen_baselines():
-            for seed in run.seeds:
-                plan = Plan.read(run.store(seed))
-                if name in (*BACKENDS, "pruned"):
-                    variants = dict.fromkeys(self.blocks, name)
-                    metrics = run.measure(f"{name}-{seed}", partial(load_mixture, run, run.store(seed), name, variants))
-                else:
-                    metrics = self.measure_mixtures(run, seed, self.mixtures(name, plan))
-                measured.setdefault(name, []).append(metrics)
-        return measured
+    def chosen(self, run: QuantRun) -> list[str]:
+        """The baselines of this run."""
+        return [name for name in self.chosen_baselines() if name != "pruned" or self.can_prune(run)]
 
-    def mixtures(self, name: str, plan: Plan, steps: int | None = None) -> list[dict[int, int]]:
-        """{block: bits} of a baseline that swaps candidates, several of a random order; a missing block is dropped.
+    def variants(self, run: QuantRun) -> list[str]:
+        return ["dense", self.method, *self.chosen(run)]
 
-        steps: how far along an order blocks are lowered (`step_down`); None means to as many of each width as the
-        checkpoint has.
-        """
-        high = dict.fromkeys(self.blocks, self.widths[0])
-        if name.endswith("-bit"):
-            return [dict.fromkeys(self.blocks, int(name.removesuffix("-bit")))]
-        if name == "dropped":
-            for block in least_first(plan.scores["lim"]):
-                if self.bytes_of(high) <= self.bytes_of(plan.bits):
-                    break
-                del high[block]
-            return [high]
-        draws = range(plan.seed, plan.seed + RANDOM_ORDERS) if name == "random" else [plan.seed]
-        orders = [self.order(name, plan.scores, draw) for draw in draws]
-        if steps is not None:
-            return [high | step_down(order, steps, self.widths) for order in orders]
-        return [high | dict(zip(order, sorted(plan.bits.values()), strict=False)) for order in orders]
+    @contextmanager
+    def open(self, run: QuantRun, variant: str, seed: int) -> Iterator[nn.Module]:
+        if variant in (*BACKENDS, "pruned"):
+            yield run.assemble(run.store(seed), variant, dict.fromkeys(run.blocks, variant))
+        else:
+            with super().open(run, variant, seed) as model:
+                yield model
 
-    def mixture(self, run: Run, store: MatrixStore, bits: dict[int, int]) -> nn.Module:
-        """The dense model with these candidates swapped in."""
-        variants = {block: f"{width}-bit" for block, width in bits.items()}
-        return load_mixture(run, store, f"{self.widths[0]}-bit", variants)
+    def measure(self, run: QuantRun, variant: str) -> list[dict[str, dict]]:
+        if variant in ("dense", self.method, *BACKENDS, "pruned"):
+            return super().measure(run, variant)
+        return [run.measure_mixtures(seed, run.mixtures(variant, run.plan(seed))) for seed in run.seeds]
 
-    def measure_mixtures(self, run: Run, seed: int, mixtures: list[dict[int, int]]) -> dict[str, dict]:
-        """The mean over mixtures; each is measured once, whichever order leads to it."""
-        runs = {}
-        for bits in mixtures:
-            digest = mixture_digest(bits)
-            runs[digest] = run.measure(f"mixture-{seed}-{digest}", partial(self.mixture, run, run.store(seed), bits))
-        return over_runs(list(runs.values()))
-
-    def rows(self, bits: dict[int, int], backend: str) -> list[dict]:
-        """The shape and format of every matrix of the blocks in `bits`, as in the report's `layers`."""
-        shapes = {name: {"d_out": m.out_features, "d_in": m.in_features} for name, m in self.linears.items()}
-        places = {name: layer_index(name, 0) for name in shapes}
-        return [
-            shape | self.spec(backend, bits[places[name]]) for name, shape in shapes.items() if places[name] in bits
-        ]
-
-    def average(self, bits: dict[int, int]) -> float:
-        """Bits per weight, counted by weights, not by blocks."""
-        return sum(self.weights[block] * b for block, b in bits.items()) / sum(self.weights.values())
-
-    def bytes_of(self, bits: dict[int, int]) -> int:
-        itemsize = getattr(torch, self.dtype).itemsize
-        return sum(layer_bytes(row, itemsize) for row in self.rows(bits, self.backend))
-
-    def baseline_rows(
-        self, modules: dict[str, nn.Linear], names: list[str], store: MatrixStore
-    ) -> dict[str, list[dict]]:
+    def baseline_rows(self, run: QuantRun, names: list[str]) -> dict[str, list[dict]]:
         """All models have the same head."""
-        plan, rows = Plan.read(store), {}
-        head = [row for row in self.layer_rows(modules, store) if row["name"] == HEAD]
+        plan, rows = run.plan(run.seeds[0]), {}
+        head = [row for row in self.layers(run, run.state) if row["name"] == HEAD]
         for name in names:
-            bits = plan.bits if name in (*BACKENDS, "pruned") else self.mixtures(name, plan)[0]
-            rows[name] = self.rows(bits, name if name in BACKENDS else self.backend)
+            bits = plan.bits if name in (*BACKENDS, "pruned") else run.mixtures(name, plan)[0]
+            rows[name] = run.rows(bits, name if name in BACKENDS else self.backend)
             if name == "pruned":
                 rows[name] = [self.sparse_row(row) for row in rows[name]]
             rows[name] += head
         return rows
 
-    def packed_tensors(self, modules: dict[str, nn.Linear], store: MatrixStore) -> Iterator[tuple[str, Tensor]]:
+    def packed_tensors(self, run: QuantRun, seed: int) -> Iterator[tuple[str, Tensor]]:
         """With AWQ also the norms and biases that make up for the scales."""
-        yield from super().packed_tensors(modules, store)
+        yield from super().packed_tensors(run, seed)
         if self.backend == "awq":
-            folds = [fold for block in self.folds.values() for fold in block]
-            yield from sources(folds, self.streamed.tensors, partial(store.folded, self.method, variant=self.method))
+            folds = [fold for block in run.folds.values() for fold in block]
+            yield from sources(
+                folds, run.streamed.tensors, partial(run.store(seed).folded, self.method, variant=self.method)
+            )
 
-    def compression_config(self, store: MatrixStore) -> dict:
-        """The method's own part of `compression_config` (section 4)."""
-        plan = Plan.read(store)
+    def compression_config(self, run: QuantRun, seed: int) -> dict:
+        """The method's own part of `compression_config`."""
+        plan = run.plan(seed)
         return {
             "backend": self.backend,
             "importance": self.own_order,
             "levels": list(self.widths),
             "head_bits": self.head_bits,
-            "average_bits": self.average(plan.bits),
-            "average_bits_with_overhead": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
+            "average_bits": run.average(plan.bits),
+            "average_bits_with_overhead": 8 * run.bytes_of(plan.bits) / sum(run.weights.values()),
             "bits_by_layer": {str(block): bits for block, bits in plan.bits.items()},
         }
 
-    def findings(self, run: Run) -> dict:
+    def findings(self, run: QuantRun) -> dict:
         """Importance of the blocks, curves of quality against bits, and what the reader of the card must know."""
-        plan = Plan.read(run.store(run.seeds[0]))
-        blocks = [
-            {"index": i, "bits": plan.bits[i], "scores": {name: values[i] for name, values in plan.scores.items()}}
-            for i in self.blocks
-        ]
-        found = {"importance": {"stability": plan.stability, "blocks": blocks}, "notes": self.notes(plan)}
+        plan = run.plan(run.seeds[0])
+        found = importance_evidence(plan.scores, plan.bits, plan.stability)
         if self.curve_points:
-            names = [self.own_order, *(name for name in self.chosen_baselines() if name in self.orders())]
-            found["curves"] = {name: self.curve(run, plan, name) for name in names}
-            own = self.measure_mixtures(run, plan.seed, self.mixtures(self.own_order, plan))
-            rivals = {
-                name: rows[0] for name, rows in self.measure_baselines(run).items() if name in ("dropped", "pruned")
-            }
-            claims = claims_table(found["curves"], self.own_order, own, rivals, self.backend)
-            found["tables"] = {"The paper's claims": claims}
-        return found
-
-    def curve(self, run: Run, plan: Plan, name: str) -> list[dict]:
-        """Quality as more and more blocks of an order are lowered, from all at the highest width to all at the lowest."""
-        count = (len(self.blocks) - len(self.kept)) * (len(self.widths) - 1)
-        steps = {round(count * point / (self.curve_points + 1)) for point in range(self.curve_points + 2)}
-        if len(self.widths) == 2:  # of three, the checkpoint's own plan is not on this path
-            steps.add(sum(bits == self.widths[-1] for bits in plan.bits.values()))
-        points = []
-        for lowered in sorted(steps):
-            mixtures = self.mixtures(name, plan, lowered)
-            metrics = self.measure_mixtures(run, plan.seed, mixtures)
-            points.append({"lowered": lowered, "bits": self.average(mixtures[0]), "metrics": metrics})
-        return points
-
-    def notes(self, plan: Plan) -> list[str]:
-        config = {
-            "nominal": self.average(plan.bits),
-            "stored": 8 * self.bytes_of(plan.bits) / sum(self.weights.values()),
-        }
-        notes = [
-            f"the quantised weights of the blocks take {config['nominal']:.2f} bits on average, {config['stored']:.2f} with"
-            f" scales and zero points; embeddings{'' if self.head_bits else ', head'} and norms are not quantised"
-        ]
-        if self.head_bits:
-            notes.append(
-                f"the output head takes {self.head_bits} bits, by round-to-nearest, here and in the compressed models that"
-                " are compared with, not in the dense one"
-            )
-        if self.backend == "awq":
-            notes.append(
-                "AWQ's scales are folded into the norms before q, k, v, gate and up, and into the rows of v and up, so these"
-                " differ from the base model's beyond rounding, and cancel out"
-            )
-        if plan.stability < STABLE:
-            notes.append(
-                f"the ranking by LIM is not stable: Kendall's tau between halves of the calibration text is"
-                f" {plan.stability:.2f}, and {STABLE} is wanted; more --nsamples would settle it"
-            )
-        widest = max(module.in_features for module in self.linears.values())
-        tokens = self.nsamples * self.seqlen
-        if self.backend == "gptq" and tokens < GPTQ_TOKENS * widest:
-            notes.append(
-                f"GPTQ saw {tokens} tokens, fewer than {GPTQ_TOKENS} for each of {widest} inputs, which it wants"
-            )
-        return notes
-
-
-@dataclass
-class Plan:
-    """What was decided for one seed; all maps are by number of block."""
-
-    seed: int
-    scores: dict[str, dict[int, float]]
-    stability: float  # of LIM: Kendall's tau between two halves of the calibration text
-    bits: dict[int, int]
-
-    @classmethod
-    def read(cls, store: MatrixStore) -> Plan:
-        plan = json.loads((store.folder / "plan.json").read_text())
-        numbered = lambda values: {int(block): value for block, value in values.items()}  # noqa: E731
-        scores = {name: numbered(values) for name, values in plan["scores"].items()}
-        return cls(plan["seed"], scores, plan["stability"], numbered(plan["bits"]))
-
-
-# --------------------------------------------------------------------------------------------------------- measuring
-
-
-def load_mixture(run: Run, store: MatrixStore, method: str, variants: dict[int, str]) -> nn.Module:
-    """The dense model with a variant of each block, and the packed head, swapped in; a block without one hands its input
-    on."""
-    model = load_fp32(run.base.path)
-    missing = set()
-    for name in run.modules:
-        block = layer_index(name, 0)
-        if name == HEAD:
-            own = LayerwiseQuant.method
-            model.get_submodule(name).weight = nn.Parameter(store.weight(own, name, own))  # the table stays as it is
-        elif block in variants:
-            model.get_submodule(name).weight.data.copy_(store.weight(method, name, variants[block]))
-        else:
-            missing.add(block)
-    for block in missing:
-        model.get_decoder().layers[block].forward = lambda hidden_states, **_: hidden_states
-    return model
-
-
-def mixture_digest(bits: dict[int, int]) -> str:
-    """A short name of a mixture."""
-    return hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:12]
+            names = [self.own_order, *(name for name in self.chosen(run) if name in self.orders())]
+            curves = {name: run.curve(plan, name) for name in names}
+            own = run.measure_mixtures(plan.seed, run.mixtures(self.own_order, plan))
+            smaller = {name: self.measure(run, name)[0] for name in self.chosen(run) if name in ("dropped", "pruned")}
+            claims = {"The paper's claims": claims_table(curves, self.own_order, own, smaller, self.backend)}
+            evidence = curve_evidence(curves)
+            found = {key: found.get(key, {}) | evidence.get(key, {}) for key in ("tables", "figures")}
+            found["tables"] |= claims
+        return found | {"notes": notes(run, plan)}

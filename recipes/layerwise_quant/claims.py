@@ -1,22 +1,22 @@
-"""What the layer-wise quantisation paper claims (section 2 of its sheet), held against one run's own measurements."""
+"""What the layer-wise quantisation paper (arXiv 2406.17415) claims, held against one run's own measurements."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from zoo.record.card import format_metric, metric_title
+from zoo.record.format import format_metric, metric_title
 
 CLOSE = 0.1  # how far above the all-high model a perplexity may be and still count as close
 HEADER = ["the paper claims", "measured here", "seen"]
 
 
 def claims_table(
-    curves: dict[str, list[dict]], own: str, mixture: dict[str, dict], rivals: dict[str, dict[str, dict]], backend: str
+    curves: dict[str, list[dict]], own: str, mixture: dict[str, dict], baselines: dict[str, dict[str, dict]], backend: str
 ) -> dict:
     """A table of the report: each claim, what was measured of the first metric, and whether it was seen.
 
     curves: as in the report; own: the order of the checkpoint; mixture: metrics of that order's mixture of candidates at
-    the checkpoint's average; rivals: {name: metrics} of models of about its bytes that drop blocks or weights instead.
+    the checkpoint's average; baselines: {name: metrics} of models of about its bytes that drop blocks or weights instead.
     """
     key = next(iter(curves[own][0]["metrics"]))
     close = f"{metric_title(key)} within {100 * CLOSE:.0f} %"
@@ -30,8 +30,8 @@ def claims_table(
     if "random" in curves:
         name = f"(b) importance helps on top of a quantiser that adapts itself (here: {backend})"
         rows.insert(1, [name, *importance_claim(curves[own], curves["random"], own, key)])
-    if rivals:
-        rows.insert(-1, ["(c) fewer bits beat fewer weights at equal bytes", *size_claim(mixture, rivals, own, key)])
+    if baselines:
+        rows.insert(-1, ["(c) fewer bits beat fewer weights at equal bytes", *size_claim(mixture, baselines, own, key)])
     return {"header": HEADER, "rows": rows}
 
 
@@ -67,8 +67,8 @@ def importance_claim(ours: list[dict], chance: list[dict], own: str, key: str) -
     return [f"{own} against random: {'; '.join(told)}", verdict]
 
 
-def size_claim(mixture: dict[str, dict], rivals: dict[str, dict[str, dict]], own: str, key: str) -> list[str]:
-    shown = {own: mixture[key]} | {name: metrics[key] for name, metrics in rivals.items()}
-    beaten = [name for name in rivals if mixture[key]["value"] < shown[name]["value"]]
+def size_claim(mixture: dict[str, dict], baselines: dict[str, dict[str, dict]], own: str, key: str) -> list[str]:
+    shown = {own: mixture[key]} | {name: metrics[key] for name, metrics in baselines.items()}
+    beaten = [name for name in baselines if mixture[key]["value"] < shown[name]["value"]]
     told = ", ".join(f"{name} {format_metric(metric)}" for name, metric in shown.items())
-    return [told, "yes" if len(beaten) == len(rivals) else f"against {beaten[0]} only" if beaten else "no"]
+    return [told, "yes" if len(beaten) == len(baselines) else f"against {beaten[0]} only" if beaten else "no"]

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from recipes.common.core.plots import layer_index
-from recipes.common.core.recipe import cached_json
+from recipes.common.core.state import cached_json
 from zoo.errors import UserError
 
 
 def lim(x: Tensor, y: Tensor) -> Tensor:
-    """-mean cos(x_t, y_t) over the tokens but the first: one score per window. x, y (N, T, d), in [-1, 1]   [3.1]"""
+    """-mean cos(x_t, y_t) over the tokens but the first: one score per window. x, y (N, T, d), in [-1, 1]   (step 1)"""
     return -torch.nn.functional.cosine_similarity(x[:, 1:].float(), y[:, 1:].float(), dim=-1).mean(1)
 
 
 def zd(weights: list[Tensor], two_sided: bool = False) -> float:
-    """Share of the weights of a block, taken together, that lie more than a deviation above (or beyond) the mean   [3.2]"""
+    """Share of the weights of a block, taken together, that lie more than a deviation above (or beyond) the mean   (step 1)"""
     count = sum(w.numel() for w in weights)
     mean = sum(w.double().sum().item() for w in weights) / count
     variance = sum((w.double() - mean).square().sum().item() for w in weights) / (count - 1)
@@ -76,7 +76,7 @@ def block_damage(
 
 
 def least_first(importance: dict[int, float]) -> list[int]:
-    """Blocks by rising importance; of equals the later one first   [3.3]"""
+    """Blocks by rising importance; of equals the later one first   (step 2)"""
     return sorted(importance, key=lambda block: (importance[block], -block))
 
 

@@ -2,17 +2,73 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from recipes.layerwise_quant.importance import least_first
 from zoo.errors import UserError
 
 WIDTHS = (8, 6, 5, 4, 3, 2, 1)  # what the kernels compute on
+MEASURED = ("lim", "zd", "zd-two-sided", "sensitivity")
+ORDERS = (*MEASURED, "random", "depth", "ends")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for one seed; all maps are by number of block."""
+
+    seed: int
+    scores: dict[str, dict[int, float]]
+    stability: float  # of LIM: Kendall's tau between two halves of the calibration text
+    bits: dict[int, int]
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """From the JSON of the fields, whose keys are text."""
+        plan = json.loads(path.read_text())
+        scores = {name: numbered(values) for name, values in plan["scores"].items()}
+        return cls(plan["seed"], scores, plan["stability"], numbered(plan["bits"]))
+
+
+def numbered(values: dict[str, float]) -> dict[int, float]:
+    return {int(block): value for block, value in values.items()}
+
+
+def mixture_digest(bits: dict[int, int]) -> str:
+    """A short name of a mixture of widths."""
+    return hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()[:12]
+
+
+def order_blocks(
+    name: str, scores: dict[str, dict[int, float]], blocks: list[int], kept: set[int], seed: int, own: str = ""
+) -> list[int]:
+    """Step 2: the blocks, least important first, without those that are kept.
+
+    name: one of ORDERS, a key of `scores`, or "reversed", the reverse of the order `own`. seed: of a random order.
+    """
+    if name == "reversed":
+        return order_blocks(own, scores, blocks, kept, seed)[::-1]
+    if name.startswith("zd"):
+        importance = {i: -scores[name][i] for i in blocks}
+    elif name == "random":
+        shuffled = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
+        importance = dict(zip(blocks, shuffled, strict=True))
+    elif name == "depth":
+        importance = {i: -i for i in blocks}
+    elif name == "ends":
+        importance = {i: abs(i - (blocks[0] + blocks[-1]) / 2) for i in blocks}
+    else:
+        importance = scores[name]
+    return [i for i in least_first(importance) if i not in kept]
 
 
 def plan_bits(order: list[int], weights: dict[int, int], average: float, high: int, low: int) -> dict[int, int]:
-    """{block: width}: as few blocks of `order` as bring the average over weights down to `average` get `low`   [3.4]
+    """{block: width}: as few blocks of `order` as bring the average over weights down to `average` get `low`   (step 3)
 
     Raises: UserError when all of them are not enough (some are pinned).
     """
@@ -33,7 +89,7 @@ def plan_bits(order: list[int], weights: dict[int, int], average: float, high: i
 def cut_plans(
     order: list[int], weights: dict[int, int], average: float, widths: tuple[int, ...]
 ) -> list[dict[int, int]]:
-    """Every plan of two or three widths that cuts `order` so that the average is just met   [3.4, "three levels"]
+    """Every plan of two or three widths that cuts `order` so that the average is just met   (step 3)
 
     Of three, the first blocks of the order get the lowest width and as few as then are needed the middle one; the cuts
     differ in how many have the lowest. Raises: UserError as `plan_bits`.

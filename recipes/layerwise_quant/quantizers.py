@@ -2,8 +2,7 @@
 
 w ~ scale (code - zero), a scale and a zero for each group of g inputs of an output row. Scales, and zeros that are not
 integers, are rounded to the dtype that the checkpoint stores *before* codes are computed, so storing loses nothing.
-Sources: RTN as in Quanto; HQQ: Badri and Shaji 2023; GPTQ: arXiv 2210.17323; AWQ: arXiv 2306.00978; all by section 3.5
-of the layer-wise quantisation sheet (arXiv 2406.17415).
+Sources: RTN as in Quanto; HQQ: Badri and Shaji 2023; GPTQ: arXiv 2210.17323; AWQ: arXiv 2306.00978.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ SEARCH = tuple(1 - step / 100 for step in range(80))  # shares of a group's rang
 SEARCH_POWER = 2.4
 AWQ_GRID = 20
 AWQ_CLIPS = tuple(1 - step / 20 for step in range(11))
+GPTQ_TOKENS = 20  # calibration tokens per input feature below which GPTQ may lose to rounding
 
 
 @dataclass

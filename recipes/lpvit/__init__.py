@@ -3,13 +3,13 @@
 Every weight matrix W of the encoder is cut into blocks b_r x b_c; whole blocks go, the others stay dense tiles.
 
     1. S_n[b]  = sum over block b of (G_n^T X_n) * W, per calibration image n, no labels; X_n the layer's input, G_n the
-                 gradient at its output of v . logits, v ~ N(0, I)                              block statistics    [3.2]
-    2. phi_b   = mean_n S_n[b]^2; the blocks of a layer go in rising order of it                order               [3.3]
-    3. delta_l(k) = mean_n (sum of S_n over the first k blocks)^2 / 2                           distortion curve    [3.3]
-    4. cost_l  = (1 - rho) MACs + rho modelled energy, each as a share of the whole model       power               [3.4]
-    5. min sum_l delta_l(k_l) + lambda cost_l(k_l), lambda such that the budget is met          allocation          [3.5]
-    6. W_p,c   = argmin |X_c W^T - Y_p|^2 + mu |W - W_old|^2, layer after layer                 least squares       [3.6]
-    7. optionally: training with masks fixed, towards the dense model                           fine-tuning         [3.7]
+                 gradient at its output of v . logits, v ~ N(0, I)                              block statistics
+    2. phi_b   = mean_n S_n[b]^2; the blocks of a layer go in rising order of it                order
+    3. delta_l(k) = mean_n (sum of S_n over the first k blocks)^2 / 2                           distortion curve
+    4. cost_l  = (1 - rho) MACs + rho modelled energy, each as a share of the whole model       power
+    5. min sum_l delta_l(k_l) + lambda cost_l(k_l), lambda such that the budget is met          allocation
+    6. W_p,c   = argmin |X_c W^T - Y_p|^2 + mu |W - W_old|^2, layer after layer                 least squares
+    7. optionally: training with masks fixed, towards the dense model                           fine-tuning
 
 Deviates from the paper, whose code is the source of what follows (`--paper` turns it back): statistics are of single images
 and of the logits (1), where the code averages one gradient of mean(logits^2) over all images before it squares; curves are
@@ -26,33 +26,27 @@ import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from recipes.common.core import report as reports
-from recipes.common.core.recipe import cached_json
 from recipes.common.data.base_models import BaseModel, resolve_model
 from recipes.common.data.image_batches import ImageTensors
-from recipes.common.data.images import ImageData, calibration_images
-from recipes.common.export.images import unpack
-from recipes.common.loops.trained import VisionRecipe, VisionRun
+from recipes.common.data.images import calibration_images
+from recipes.common.domains.classification import Classification, ClassificationRecipe
+from recipes.common.export.dense import unpack
+from recipes.common.loops.trained import Trained, TrainedRun
 from recipes.common.loops.training import Schedule
 from recipes.lpvit.allocation import EnergyTable
-from recipes.lpvit.blocks import block_sums, count_macs, grid, matrix, pack_model, reconstruct
+from recipes.lpvit.blocks import Block, block_sums, count_macs, grid, matrix, pack_model, reconstruct
+from recipes.lpvit.evidence import image_costs, notes, target_sweep
 from recipes.lpvit.selection import (
     Calibrated,
     Choice,
     apply_masks,
+    check_targets,
     choose_in_rounds,
     magnitude_masks,
     parse_block,
@@ -61,7 +55,6 @@ from recipes.lpvit.selection import (
     weight_masks,
 )
 from zoo.errors import UserError
-from zoo.models import slim_class_for
 
 TINY = "vit-tiny"  # trained by the run itself
 TINY_SHAPE = {
@@ -73,11 +66,10 @@ TINY_SHAPE = {
 }
 TINY_SCHEDULE = Schedule(epochs=40, batch_size=32, lr=1e-3, optimizer="adamw", weight_decay=0.05, warmup_epochs=5)
 CALIBRATION_BATCH = 64
-BITS = 32  # of the numbers in the energy model: checkpoints of image models are fp32
 
-# What each rival changes of the flags, and the rivals that remove single weights.
+# What each baseline changes of the flags, and the baselines that remove single weights.
 L1 = {"rank": "l1", "power_mode": "off", "rounds": 1, "reconstruct": "none"}
-VARIANTS = {
+BASELINES = {
     "lpvit-no-ls": {"reconstruct": "none"},
     "lpvit-one-round": {"rounds": 1},
     "uniform-l1": L1 | {"alloc": "uniform"},
@@ -113,7 +105,32 @@ SWEPT = ("lpvit-no-ls", "uniform-l1", "uniform-l1+ls", "global-l1", "global-fish
 
 
 @dataclass
-class LPViT(VisionRecipe):
+class LPViTRun(TrainedRun):
+    last: Calibrated | None = None  # of the seed in work
+
+    @cached_property
+    def teacher(self) -> BaseModel | None:
+        """As --teacher names it, if anything is trained with it."""
+        name = self.recipe.teacher if self.recipe.distill != "none" and self.recipe.tunes else None
+        return resolve_model(name, compressed=True) if name else None
+
+    def pixels(self, seed: int, count: int) -> list[Tensor]:
+        """Calibration images as the model's input, in batches."""
+        images = ImageTensors(calibration_images(self.domain.data, count, seed), self.domain.processor)
+        return [images.normalize(pixels) for pixels, _ in images.batches(CALIBRATION_BATCH)]
+
+    def calibrated(self, seed: int) -> Calibrated:
+        """The dense model of a seed with its calibration images; the last one is kept."""
+        recipe = self.recipe
+        if self.last is None or self.last.seed != seed:
+            model = self.trained("dense", seed).to(recipe.device)
+            images = self.pixels(seed, recipe.curve_samples)
+            self.last = Calibrated(model, recipe.layers_of(model), recipe.blocks, images, seed, recipe.probes)
+        return self.last
+
+
+@dataclass(frozen=True)
+class LPViT(Trained, ClassificationRecipe):
     """Prune blocks of a vision transformer's weights, layer by layer as much as its outputs bear, and refit the rest."""
 
     model: str = field(
@@ -199,17 +216,15 @@ class LPViT(VisionRecipe):
         default_factory=lambda: [0.7, 0.4], metadata={"help": "other targets to measure the main variants at; 1 = none"}
     )
 
-    method = "lpvit"
-    trains = False
-    _calibrated = None  # of the seed in work
     paper_title = "LPViT: Low-Power Semi-structured Pruning for Vision Transformers"
     arxiv = "2407.02068"
+    run_type = LPViTRun
 
     # ------------------------------------------------------------------------------------------------- checks
 
     def check(self) -> None:
         super().check()
-        self.blocks = parse_block(self.block)
+        self.blocks, self.table  # noqa: B018 (parsed now)
         for name in ("target", "min_density", "power_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: a fraction from 0 to 1 is needed.")
@@ -218,9 +233,7 @@ class LPViT(VisionRecipe):
                 raise UserError(
                     f"--target {target}: more than 0, at least --min_density {self.min_density} and at most 1 are needed."
                 )
-        for name in ("probes", "rounds", "curve_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: 1 or more is needed.")
+        self.at_least(probes=1, rounds=1, curve_samples=1)
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise UserError(f"--warmup_epochs {self.warmup_epochs}: fewer than --epochs {self.epochs} are needed.")
         if self.nsamples < self.curve_samples:
@@ -234,55 +247,50 @@ class LPViT(VisionRecipe):
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise UserError(f"--{name} {getattr(self, name)}: no regular expression ({error}).") from None
-        self.table = EnergyTable.read(self.energy_table) if self.energy_table else EnergyTable()
 
-    def check_data(self, data: ImageData) -> None:
-        """The base must be a classifier of these images whose layers the blocks fit."""
+    def check_base(self, run: LPViTRun) -> None:
+        """The base must be a classifier of these images whose layers the blocks fit and can be pruned so far."""
+        data = run.domain.data
         calibration_images(data, self.nsamples, self.seed)
-        base = self.fresh(data, self.seed) if self.base is None else load_classifier(self.base.path)
-        if base.config.num_labels != len(data.classes):
-            raise UserError(
-                f"--model {self.model}: it knows {base.config.num_labels} classes, --dataset {self.dataset} has"
-                f" {len(data.classes)}; a classifier trained on that data set is needed."
-            )
-        self.layers_of(base)
+        base = self.fresh(run, self.seed)
+        known = [("model", self.model, base.config.num_labels)]
+        if run.teacher:
+            known.append(("teacher", self.teacher, AutoConfig.from_pretrained(run.teacher.path).num_labels))
+        for flag, name, classes in known:
+            if classes != len(data.classes):
+                raise UserError(
+                    f"--{flag} {name}: it knows {classes} classes, --dataset {self.dataset} has {len(data.classes)}; a"
+                    " classifier trained on that data set is needed."
+                )
+        calibrated = Calibrated(base, self.layers_of(base), self.blocks, run.pixels(self.seed, 1), self.seed)
+        check_targets(calibrated, [self.target, *self.densities], self.budget, self.min_density, self.table)
 
     # -------------------------------------------------------------------------------------------------- models
 
     @cached_property
-    def base(self) -> BaseModel | None:
-        """The given base model; None for the tiny one that the run trains."""
-        if self.model == TINY:
-            return None
-        base = resolve_model(self.model, self.revision)
-        slim_class_for(base.model_type, "AutoModelForImageClassification")
-        return base
+    def blocks(self) -> Block:
+        return parse_block(self.block)
 
-    def fresh(self, data: ImageData, seed: int) -> PreTrainedModel:
-        torch.manual_seed(seed)
-        if self.base is not None:
-            return load_classifier(self.base.path)
-        labels = dict(enumerate(data.classes))
-        config = ViTConfig(**TINY_SHAPE, image_size=self.image_size or data.image_size, id2label=labels)
-        config.label2id = {label: index for index, label in labels.items()}
-        return ViTForImageClassification(config)
-
-    def processor(self, data: ImageData):
-        """The base model's own: calibration with other means than it was trained with misjudges its first layers."""
-        if self.base is None:
-            return super().processor(data)
-        return AutoImageProcessor.from_pretrained(self.base.path, backend="pil")
-
-    def base_row(self, run: VisionRun) -> dict:
-        return super().base_row(run) if self.base is None else reports.base_row(self.base)
+    @cached_property
+    def table(self) -> EnergyTable:
+        return EnergyTable.read(self.energy_table) if self.energy_table else EnergyTable()
 
     @property
     def keeps_dense(self) -> bool:
-        return self.base is None  # nobody else has it
+        return self.model == TINY
 
-    @property
-    def images_used(self) -> int:
-        return self.nsamples
+    def domain(self) -> Classification:
+        return Classification(self.settings(), pretrained=not self.keeps_dense, calibrated_on=self.nsamples)
+
+    def fresh(self, run: LPViTRun, seed: int) -> PreTrainedModel:
+        """The base model; the tiny one untrained."""
+        torch.manual_seed(seed)
+        if not self.keeps_dense:
+            return run.domain.load(run.domain.base.path)
+        labels = dict(enumerate(run.domain.data.classes))
+        config = ViTConfig(**TINY_SHAPE, image_size=run.domain.side, id2label=labels)
+        config.label2id = {label: index for index, label in labels.items()}
+        return ViTForImageClassification(config)
 
     def layers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         return select_layers(
@@ -295,25 +303,25 @@ class LPViT(VisionRecipe):
             ragged=self.ragged,
         )
 
-    def needs(self, run: VisionRun, variants: list[str]) -> tuple[float, float, float]:
-        """(bytes of memory, bytes of disk, minutes), from one forward and backward pass on this machine."""
-        model = self.fresh(run.data, run.seeds[0])
+    def needs(self, run: LPViTRun) -> tuple[float, float, float]:
+        """From one forward and backward pass on this machine."""
+        model, variants = self.fresh(run, run.seeds[0]), self.variants(run)
         layers, size = self.layers_of(model), 4 * model.num_parameters()
-        pixels = self.pixels(run, run.seeds[0], min(self.nsamples, CALIBRATION_BATCH))[0]
+        pixels = run.pixels(run.seeds[0], min(self.nsamples, CALIBRATION_BATCH))[0]
         for _ in range(2):  # the first one warms up
             begin = time.perf_counter()
             model(pixel_values=pixels).logits.sum().backward()
             seconds = (time.perf_counter() - begin) / len(pixels)  # an image
         targets = 1 + len({*self.densities} - {1.0, self.target})
-        pruned = [v for v in variants if v in (self.method, *VARIANTS)]
-        measured = {v: targets if v == self.method or v in SWEPT else 1 for v in pruned}
+        pruned = [v for v in variants if v in (self.method, *BASELINES)]
+        measured = {v: targets if v in self.swept() else 1 for v in pruned}
         refits = sum(n for v, n in measured.items() if self.choice(v).reconstruct == "ls")
         rounds = sum(n * self.choice(v).rounds for v, n in measured.items() if self.choice(v).rank != "l1")
         images = rounds * self.curve_samples
         images += refits * self.nsamples * len(layers) / 4  # a wave has 1.5 layers; half of two models, forward only
-        trainings = any("finetuned" in v for v in variants) + self.finetune
-        images += len(run.data.train) * (trainings * self.epochs + (TINY_SCHEDULE.epochs if self.base is None else 0))
-        images += len(run.data.test) * (sum(measured.values()) + 3) / 3
+        epochs = self.tunes * self.epochs + self.keeps_dense * TINY_SCHEDULE.epochs
+        images += len(run.domain.training) * epochs
+        images += len(run.domain.data.test) * (sum(measured.values()) + 3) / 3
         statistics = (
             4
             * self.curve_samples
@@ -327,29 +335,38 @@ class LPViT(VisionRecipe):
 
     # ------------------------------------------------------------------------------------------------ variants
 
-    def rivals(self) -> list[str]:
+    def baseline_names(self) -> list[str]:
         own = ["lpvit-no-finetune"] if self.finetune else ["lpvit-finetuned"] if self.epochs else []
-        return [*own, *VARIANTS, *UNSTRUCTURED]
+        return [*own, *BASELINES, *UNSTRUCTURED]
+
+    @property
+    def tunes(self) -> bool:
+        """Whether anything is fine-tuned."""
+        return self.finetune or "lpvit-finetuned" in self.chosen_baselines()
+
+    def swept(self) -> list[str]:
+        """The variants that are measured at every target."""
+        return [self.method, *(name for name in SWEPT if name in self.chosen_baselines())]
 
     def choice(self, variant: str) -> Choice:
         own = Choice(self.target_fn, self.rank, self.alloc, self.power_mode, self.rounds, self.reconstruct)
-        return replace(own, **VARIANTS.get(variant, {}))
+        return replace(own, **BASELINES.get(variant, {}))
 
-    def make(self, run: VisionRun, variant: str, seed: int) -> PreTrainedModel:
+    def make(self, run: LPViTRun, variant: str, seed: int) -> PreTrainedModel:
         """Dense: the base model. All others: it pruned, and fine-tuned where the name says so."""
         if variant == "dense":
-            model = self.fresh(run.data, seed)
-            return model if self.base else run.train(model, "dense", seed, schedule=TINY_SCHEDULE)
+            model = self.fresh(run, seed)
+            return run.train(model, "dense", seed, schedule=TINY_SCHEDULE) if self.keeps_dense else model
         if variant == "lpvit-finetuned":
             return self.train_blocks(run, run.trained(self.method, seed), seed)
         model, errors = self.prune(run, variant, seed, self.target)
-        if variant == self.method and run.processes.rank == 0:
-            cached_json(run.state / "errors" / f"{seed}.json", lambda: errors)
+        if variant == self.method:
+            run.once(f"errors/{seed}", lambda: errors)
         return self.train_blocks(run, model, seed) if self.finetune and variant == self.method else model
 
-    def prune(self, run: VisionRun, variant: str, seed: int, target: float) -> tuple[PreTrainedModel, dict]:
+    def prune(self, run: LPViTRun, variant: str, seed: int, target: float) -> tuple[PreTrainedModel, dict]:
         """A variant at a target, and the relative output error of its layers before and after the least squares."""
-        calibrated = self.calibrated(run, seed)
+        calibrated = run.calibrated(seed)
         if variant in UNSTRUCTURED:
             return apply_masks(calibrated.model, UNSTRUCTURED[variant](calibrated, target)), {}
         choice = self.choice(variant)
@@ -361,129 +378,47 @@ class LPViT(VisionRecipe):
         model, errors = apply_masks(calibrated.model, masks), {}
         if choice.reconstruct == "ls":
             with tqdm(total=len(masks), desc=f"{variant} at {target:g}: refitting", unit="layer", disable=None) as bar:
-                images = self.pixels(run, seed, self.nsamples)
+                images = run.pixels(seed, self.nsamples)
                 errors = reconstruct(model, calibrated.model, masks, images, calibrated.block[0], bar.update)
         return model, errors
 
-    def calibrated(self, run: VisionRun, seed: int) -> Calibrated:
-        """The dense model of a seed with its calibration images; the last one is kept."""
-        if self._calibrated is None or self._calibrated.seed != seed:
-            model = run.trained("dense", seed).to(self.device)
-            images = self.pixels(run, seed, self.curve_samples)
-            self._calibrated = Calibrated(model, self.layers_of(model), self.blocks, images, seed, self.probes)
-        return self._calibrated
-
-    def pixels(self, run: VisionRun, seed: int, count: int) -> list[Tensor]:
-        """Calibration images as the model's input, in batches."""
-        images = ImageTensors(calibration_images(run.data, count, seed), run.processor)
-        return [images.normalize(pixels) for pixels, _ in images.batches(CALIBRATION_BATCH)]
-
-    def train_blocks(self, run: VisionRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
-        """Fine-tuned on its kept blocks: they are the parameters, so nothing that was pruned has a value, a gradient or a
-        moment in the optimiser   [3.7]"""
+    def train_blocks(self, run: LPViTRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
+        """Step 7, on the kept blocks: they are the parameters, so nothing that was pruned has a value, a gradient or a
+        moment in the optimiser.
+        """
         packed = self.pack(run, model, seed)
         for parameter in packed.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         teacher = None
         if self.distill != "none":
-            teacher = load_classifier(self.teacher) if self.teacher else run.trained("dense", seed)
-        trained = run.train(packed, "finetuned", seed, teacher=teacher)
-        return unpack(trained)
+            teacher = run.domain.load(run.teacher.path) if run.teacher else run.trained("dense", seed)
+        return unpack(run.train(packed, "finetuned", seed, loss=partial(run.domain.training_loss, teacher=teacher)))
 
-    def pack(self, run: VisionRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    def pack(self, run: LPViTRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         weights = {name: matrix(layer).detach() for name, layer in self.layers_of(model).items()}
         keeps = {name: block_sums(weight.abs(), self.blocks) > 0 for name, weight in weights.items()}
-        masks = {name: weight != 0 for name, weight in weights.items()}
-        errors = run.state / "errors" / f"{seed}.json"
+        masks, data = {name: weight != 0 for name, weight in weights.items()}, run.domain.data
         about = {
             "method": self.method,
             "block": list(self.blocks),
             "target": self.target,
             "budget": self.budget,
-            "multiply_adds": count_macs(model, self.pixels(run, seed, 1)[0], masks),
+            "multiply_adds": count_macs(model, run.pixels(seed, 1)[0], masks),
             "densities": {name: round(keep.double().mean().item(), 4) for name, keep in keeps.items()},
             "power_mode": self.power_mode,
             "power_weight": self.power_weight,
             "picojoules": asdict(self.table),
             "reconstruct": self.reconstruct,
             "finetuned_epochs": self.epochs if self.finetune else 0,
-            "calibration": {"name": run.data.name, "sha256": run.data.sha256, "nsamples": self.nsamples, "seed": seed},
-            "proxy_loss": cached_json(errors, dict) if errors.exists() else {},
+            "calibration": {"name": data.name, "sha256": data.sha256, "nsamples": self.nsamples, "seed": seed},
+            "proxy_loss": run.once(f"errors/{seed}", dict),  # found when it was pruned
         }
         return pack_model(model, keeps, self.blocks, about)
 
-    # -------------------------------------------------------------------------------------------------- report
-
-    def layer_rows(self, run: VisionRun, packed: PreTrainedModel) -> list[dict]:
-        """What was packed; losses are relative output errors on the calibration images, before and after least squares."""
-        compression, rows = packed.config.compression_config, []
-        for name, spec in compression["modules"].items():
-            layer = packed.get_submodule(name)
-            before, after = compression["proxy_loss"].get(name, (None, None))
-            row = {"name": name, **spec, "d_out": layer.out_features, "d_in": layer.in_features}
-            rows.append(row | {"loss_init": before, "loss_final": after, "output_error": None})
-        return rows
-
-    def findings(self, run: VisionRun) -> dict:
-        macs, table = self.costs(run)
-        notes = [
-            "Joules are modelled from operation counts and the energies of `--energy_table`, not measured.",
-            f"Multiply-adds for an image, kept of dense: {macs['pruned'] / macs['pruned_dense']:.4f} in the pruned layers,"
-            f" {macs['linear'] / macs['linear_dense']:.4f} in all linear and convolution layers (the paper's count),"
-            f" {(macs['linear'] + macs['attention']) / (macs['linear_dense'] + macs['attention']):.4f} with the products"
-            " of attention.",
-            "magnitude and wanda remove single weights: a ceiling for accuracy at these multiply-adds, but no faster.",
-            "lpvit sees no label and takes no gradient step; rows called finetuned saw the training labels.",
-        ]
-        if self.base is None:
-            notes.append(
-                f"{self.model} was trained on the training images of {run.data.name} first, anew for every seed."
-            )
-        else:
-            notes.append("Every seed prunes the same base model: seeds choose calibration images and probes.")
-        findings = {"notes": notes, "tables": {"Cost of an image": table}}
+    def findings(self, run: LPViTRun) -> dict:
+        macs, table = image_costs(self, run)
+        findings = {"notes": notes(self, run, macs), "tables": {"Cost of an image": table}}
         targets = sorted({self.target, *self.densities} - {1.0}, reverse=True)
         if targets != [self.target]:
-            findings["sweeps"] = {"Accuracy by what is kept of the pruned layers": self.sweep(run, targets)}
+            findings["sweeps"] = {"Accuracy by what is kept of the pruned layers": target_sweep(self, run, targets)}
         return findings
-
-    def sweep(self, run: VisionRun, targets: list[float]) -> dict:
-        """The own variant, and those of the main rivals that ran, at all targets."""
-        names = [self.method, *(name for name in SWEPT if name in self.chosen())]
-        series = {name: [{"x": target, "metrics": []} for target in targets] for name in names}
-        for seed in run.seeds:  # outermost: the statistics of one seed are kept at a time
-            for name, points in series.items():
-                for point in points:
-                    key = f"{name}-{seed}" if point["x"] == self.target else f"{name}-{seed}-at-{point['x']:g}"
-                    point["metrics"].append(run.measure(key, partial(self.pruned, run, name, seed, point["x"])))
-        for points in series.values():
-            for point in points:
-                point["metrics"] = {"accuracy": reports.over_seeds(point["metrics"])["accuracy"]}
-        return {"x": f"fraction of {self.budget} kept", "log": False, "series": series}
-
-    def pruned(self, run: VisionRun, variant: str, seed: int, target: float) -> PreTrainedModel:
-        return self.prune(run, variant, seed, target)[0]
-
-    def costs(self, run: VisionRun) -> tuple[dict[str, int], dict]:
-        """Multiply-adds of the checkpoint, and the table of what an image costs dense and pruned."""
-        seed = run.seeds[0]
-        calibrated, own = self.calibrated(run, seed), run.trained(self.method, seed)
-        masks = {name: matrix(layer).detach() != 0 for name, layer in self.layers_of(own).items()}
-        macs = count_macs(own, calibrated.batches[0][:1], masks)
-        fixed, energies = calibrated.fixed_energy(self.table, BITS), calibrated.energies(self.table, BITS)
-        kept = sum(
-            (energies[name] * (block_sums(mask.float(), self.blocks) > 0)).sum().item() for name, mask in masks.items()
-        )
-        dense = sum(energy.sum().item() for energy in energies.values())
-        rows = [
-            ["multiply-adds of the pruned layers, M", macs["pruned_dense"] / 1e6, macs["pruned"] / 1e6],
-            ["of all linear and convolution layers, M", macs["linear_dense"] / 1e6, macs["linear"] / 1e6],
-            ["of attention's products, M", macs["attention"] / 1e6, macs["attention"] / 1e6],
-            ["energy of the pruned layers, modelled, uJ", (dense + fixed) / 1e6, (kept + fixed) / 1e6],
-        ]
-        return macs, {"header": ["", "dense", self.method], "rows": rows}
-
-
-def load_classifier(name: str | Path) -> PreTrainedModel:
-    """An image classifier in fp32."""
-    return AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)

@@ -55,7 +55,7 @@ class EnergyTable:
     @classmethod
     def read(cls, path: str) -> EnergyTable:
         """From a YAML file with exactly these keys."""
-        from recipes.common.core.recipe import read_yaml
+        from recipes.common.core.state import read_yaml
 
         values, names = read_yaml(Path(path)), {field.name for field in fields(cls)}
         for key in sorted(names ^ values.keys()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from recipes.common.core.recipe import module_seed
+from recipes.common.core.state import module_seed
 from recipes.lpvit.allocation import (
     EnergyTable,
     Layer,
@@ -53,7 +53,7 @@ class Choice:
     reconstruct: str
 
 
-# ------------------------------------------------------------------------------------------------------ blocks   [3.1]
+# -------------------------------------------------------------------------------------------------------------- blocks
 
 
 def select_layers(
@@ -95,12 +95,12 @@ def parse_block(text: str) -> Block:
     return sizes[0], sizes[-1]
 
 
-# ------------------------------------------------------------------------------------- the method on one model   [3.2-3.6]
+# --------------------------------------------------------------------------------------------- the method on one model
 
 
 @dataclass
 class Calibrated:
-    """A dense model with what calibration images say of its blocks; every rival takes its numbers from here.
+    """A dense model with what calibration images say of its blocks; every baseline takes its numbers from here.
 
     batches: normalised pixels of the calibration images. Statistics are made when first asked for, and kept.
     """
@@ -126,7 +126,7 @@ class Calibrated:
         self.shapes = {name: tuple(matrix(layer).shape) for name, layer in self.layers.items()}
 
     def block_slopes(self, target: str) -> dict[str, Tensor]:
-        """{layer: S (N, R, C)}; one row for "sq", the mean gradient's   [3.2]"""
+        """{layer: S (N, R, C)}; one row for "sq", the mean gradient's   (step 1)"""
         if target not in self.statistics and target == "sq":
             g = self.mean_gradients()
             self.statistics[target] = {
@@ -145,7 +145,7 @@ class Calibrated:
         return self.gradients
 
     def scores(self, choice: Choice) -> dict[str, Tensor]:
-        """{layer: importance (R, C)} by which its blocks go   [3.3]; -1 for what is gone already, so that it goes first."""
+        """{layer: importance (R, C)} by which its blocks go (step 2); -1 for what is gone already, so that it goes first."""
         weights = {name: matrix(layer).detach() for name, layer in self.layers.items()}
         if choice.alloc == "lamp":  # by squares, whatever the rank
             sizes = {name: block_sizes(w.shape, self.block) for name, w in weights.items()}
@@ -164,8 +164,15 @@ class Calibrated:
         """{layer: float64 (R, C)}: multiplications of each block for one image."""
         return {n: block_sizes(shape, self.block).double() * self.tokens[n] for n, shape in self.shapes.items()}
 
+    def costs(self, budget: str, table: EnergyTable, bits: int) -> tuple[dict[str, Tensor], float]:
+        """({layer: float64 (R, C), what keeping each block takes from the budget}, what no mask saves)."""
+        if budget == "energy":
+            return self.energies(table, bits), self.fixed_energy(table, bits)
+        sizes = {name: block_sizes(shape, self.block).double() for name, shape in self.shapes.items()}
+        return (self.macs() if budget == "flops" else sizes), 0.0
+
     def energies(self, table: EnergyTable, bits: int) -> dict[str, Tensor]:
-        """{layer: float64 (R, C)}: modelled picojoules of keeping each block for one image   [3.4]"""
+        """{layer: float64 (R, C)}: modelled picojoules of keeping each block for one image   (step 4)"""
         return {n: table.block_energy(shape, self.block, self.tokens[n], bits) for n, shape in self.shapes.items()}
 
     def fixed_energy(self, table: EnergyTable, bits: int) -> float:
@@ -184,7 +191,7 @@ def choose_blocks(
     table: EnergyTable = EnergyTable(),  # noqa: B008 (frozen)
     bits: int = 32,
 ) -> dict[str, Tensor]:
-    """{layer: blocks to keep, bool (R, C)}   [3.3-3.5]
+    """{layer: blocks to keep, bool (R, C)}   (steps 2 to 5)
 
     Args:
         target: what may remain, as a fraction of what the dense layers cost in the unit of `budget`: "flops", "params",
@@ -192,9 +199,7 @@ def choose_blocks(
         power_weight: rho, the share of energy in the price of a block, with power mode "physical".
         bits: width of a number, for the energy model.
     """
-    energies = calibrated.energies(table, bits)
-    sizes = {name: block_sizes(shape, calibrated.block).double() for name, shape in calibrated.shapes.items()}
-    costs = {"flops": calibrated.macs(), "params": sizes, "energy": energies}[budget]
+    energies, (costs, fixed) = calibrated.energies(table, bits), calibrated.costs(budget, table, bits)
     rho = power_weight if choice.power_mode == "physical" else 0.0
     all_cost, all_energy = (sum(each.sum() for each in values.values()) for values in (costs, energies))
 
@@ -205,13 +210,12 @@ def choose_blocks(
         if choice.alloc in ("lagrangian", "derivative"):
             distortion = distortion_curve(calibrated.block_slopes(choice.target_fn)[name].cpu(), order)
         price = (1 - rho) * costs[name] / all_cost + rho * energies[name] / all_energy
-        most = len(order) - math.ceil(min_density * len(order) - 1e-9)
+        most = removable(len(order), min_density)
         layers[name] = Layer(distortion, price.flatten()[order], costs[name].flatten()[order], most)
     if choice.power_mode == "official":
         power = official_power(layers, {name: calibrated.shapes[name][1] for name in layers})
         layers = {name: replace(layer, distortion=layer.distortion + power[name]) for name, layer in layers.items()}
 
-    fixed = calibrated.fixed_energy(table, bits) if budget == "energy" else 0.0
     limit = find_budget(layers, target, fixed)
     ranked = {name: scores[name].flatten()[orders[name]] for name in layers}
     if choice.alloc == "lagrangian":
@@ -235,6 +239,24 @@ def choose_blocks(
         keep[order[: removed[name]]] = False
         keeps[name] = keep.view(scores[name].shape)
     return keeps
+
+
+def removable(blocks: int, min_density: float) -> int:
+    """How many of the blocks of a layer may go."""
+    return blocks - math.ceil(min_density * blocks - 1e-9)
+
+
+def check_targets(
+    calibrated: Calibrated, targets: list[float], budget: str, min_density: float, table: EnergyTable, bits: int = 32
+) -> None:
+    """Raises: UserError for a target that no masks meet, as `choose_blocks` does; here without any statistics."""
+    costs, fixed = calibrated.costs(budget, table, bits)
+    layers = {}
+    for name, cost in costs.items():
+        cost = cost.flatten().sort(descending=True).values  # at best the dearest go
+        layers[name] = Layer(torch.zeros(len(cost) + 1), cost, cost, removable(len(cost), min_density))
+    for target in targets:
+        find_budget(layers, target, fixed)
 
 
 def choose_in_rounds(calibrated: Calibrated, choice: Choice, target: float, **settings) -> dict[str, Tensor]:
@@ -271,7 +293,7 @@ def apply_masks(dense: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-# -------------------------------------------------------------------------------------------- unstructured rivals   [8]
+# ---------------------------------------------------------------------------------------------- unstructured baselines
 
 
 def magnitude_masks(calibrated: Calibrated, target: float) -> dict[str, Tensor]:

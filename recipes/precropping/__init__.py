@@ -16,27 +16,22 @@ keeps the fraction d_g, an ordinary layer then p_l = d_in d_out.
        trained from scratch like any dense one. The checkpoint is dense: no mask, no index, ordinary convolutions.
 
 The paper leaves open how densities become widths; the rules of 2 and 3 are ours. Trunks never grow in PreConfig: the
-objective would trade the inside of blocks for them. Rivals have the same weights, MACs or both, and the same training.
+objective would trade the inside of blocks for them. Baselines have the same weights, MACs or both, and the same training.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.common.core.recipe import World, cached_json, module_seed
-from recipes.common.core.report import over_seeds
-from recipes.common.data.images import ImageData
-from recipes.common.loops.trained import VisionRecipe, VisionRun
-from recipes.common.parts.densities import erk, layer_counts, uniform
+from recipes.common.domains.classification import ClassificationRecipe
+from recipes.common.loops.trained import Trained, TrainedRun
+from recipes.common.metrics.metric import over_seeds
+from recipes.common.parts.densities import erk, uniform
 from recipes.common.parts.scores import (
     check_flow,
     grasp_scores,
@@ -47,23 +42,29 @@ from recipes.common.parts.scores import (
     top_masks,
 )
 from recipes.common.parts.width_fit import Budget, check_floor, fit_widths, width_limits
-from recipes.common.parts.width_graph import CHANNEL_GROUPS, WidthGraph, width_graph
+from recipes.common.parts.width_graph import WidthGraph, width_graph
 from recipes.precropping.crop_rules import RULES, crop_wish, synexp_channels
+from recipes.precropping.networks import (
+    CROPPED,
+    MASKED,
+    NETWORKS,
+    baseline_wish,
+    cropped,
+    initialised,
+    network_row,
+    random_masks,
+    resized,
+)
 from zoo.errors import UserError
-from zoo.models.widths import base_widths
-from zoo.random_mask import random_mask
 
 SCORED = ("synflow", "snip", "grasp")
 SOURCES = ("synexp", *SCORED, "erk", "magnitude", "uniform")
-CROPPED = ("width-params", "width-macs", "inner-only", "random-widths")  # rivals that are narrower networks
-MASKED = ("same-p-mask", "erk-mask", "uniform-mask", "synflow-mask", "snip-mask", "grasp-mask")  # sparse, dense widths
 RECORDED = ("source", "mode", "budget_params", "budget_flops", "trunk", "width_multiple", "min_width", "max_density")
-NETWORKS = ["network", "weights", "of dense", "MACs", "of dense", "sum log p"]
 MANY_AT_FLOOR = 0.2  # share of groups at their smallest width from which on a plain width multiplier tends to win
 
 
-@dataclass
-class Precropping(VisionRecipe):
+@dataclass(frozen=True)
+class Precropping(Trained, ClassificationRecipe):
     """Crop the channels of a convolutional network before training, under budgets of weights and of MACs."""
 
     model: str = field(
@@ -129,9 +130,7 @@ class Precropping(VisionRecipe):
 
     def check(self) -> None:
         super().check()
-        for name in ("min_width", "width_multiple", "score_rounds", "score_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: 1 or more is needed.")
+        self.at_least(min_width=1, width_multiple=1, score_rounds=1, score_samples=1, max_density=1)
         if not 0 < self.min_ratio <= 1:
             raise UserError(f"--min_ratio {self.min_ratio}: a fraction above 0 and at most 1 is needed.")
         for name in ("budget_params", "budget_flops"):
@@ -143,21 +142,23 @@ class Precropping(VisionRecipe):
             raise UserError(f"--preconfig: only --source synexp knows densities above 1, {self.source} does not.")
         if self.preconfig and self.init == "crop":
             raise UserError("--preconfig: channels that the dense network lacks cannot be cropped; use --init fresh.")
-        if self.max_density < 1:
-            raise UserError(f"--max_density {self.max_density}: 1 or more is needed.")
 
-    def check_data(self, data: ImageData) -> None:
-        graph = self.graph(data)
-        check_floor(graph, self.budget(graph), self.limits(graph))
+    def check_base(self, run: TrainedRun) -> None:
+        """Every budget is within reach of the smallest widths."""
+        graph = self.graph(run)
+        fixed = graph.trunks if self.trunk == "keep" else ()
+        limits = {group: limit for group, limit in self.limits(graph).items() if group not in fixed}
+        for budget in (self.budget(graph), *(scaled(graph, share) for share in self.sweep)):
+            check_floor(graph, budget, limits)
 
-    def rivals(self) -> list[str]:
+    def baseline_names(self) -> list[str]:
         return [*CROPPED, *MASKED]
 
-    def graph(self, data: ImageData) -> WidthGraph:
+    def graph(self, run: TrainedRun) -> WidthGraph:
         """Step 1."""
         with torch.device("meta"):
-            model = super().fresh(data, 0)
-        return width_graph(model, self.image_size or data.image_size)
+            model = run.domain.fresh(0)
+        return width_graph(model, run.domain.side)
 
     def budget(self, graph: WidthGraph) -> Budget:
         """The flags' budgets in weights and MACs. Raises: UserError for one that passes the base."""
@@ -222,19 +223,23 @@ class Precropping(VisionRecipe):
 
     # ------------------------------------------------------------------------------------------------------- step 4
 
-    def fresh(self, data: ImageData, seed: int) -> PreTrainedModel:
-        return initialised(super().fresh(data, seed), seed)
+    def fresh(self, run: TrainedRun, seed: int) -> PreTrainedModel:
+        return initialised(super().fresh(run, seed), seed)
 
-    def make(self, run: VisionRun, variant: str, seed: int) -> PreTrainedModel:
+    def produce(self, run: TrainedRun, seed: int) -> None:
+        for variant in (*self.variants(run), *self.sweep_variants()):
+            run.trained(variant, seed)
+
+    def trainings(self, run: TrainedRun) -> int:
+        return super().trainings(run) + len(self.sweep_variants())
+
+    def make(self, run: TrainedRun, variant: str, seed: int) -> PreTrainedModel:
         name = variant.partition("@")[0]
-        dense = self.fresh(run.data, seed)
+        dense = self.fresh(run, seed)
         if name in MASKED:
             return run.train(dense, variant, seed, masks=self.masks(run, name, seed))
         if name == "dense":
             return run.train(dense, variant, seed)
-        if variant == self.method:
-            for other in self.sweep_variants():  # here, because all processes are
-                run.trained(other, seed)
         if run.processes.rank == 0:
             self.widths_of(run, variant, seed)
         run.processes.barrier()  # the others read what the first one found
@@ -245,43 +250,44 @@ class Precropping(VisionRecipe):
     def sweep_variants(self) -> list[str]:
         return [f"{name}@{budget:g}" for budget in self.sweep for name in (self.method, "width-params")]
 
-    def widths_of(self, run: VisionRun, variant: str, seed: int) -> dict[str, int]:
-        """{group: width} of the recipe's own network or of a narrower rival, computed once."""
+    def widths_of(self, run: TrainedRun, variant: str, seed: int) -> dict[str, int]:
+        """{group: width} of the recipe's own network or of a narrower baseline, computed once."""
 
         def make() -> dict[str, int]:
-            graph = self.graph(run.data)
+            graph = self.graph(run)
             name, _, fraction = variant.partition("@")
             if name == self.method:
                 share = float(fraction) if fraction else None
                 budget = self.budget(graph) if share is None else scaled(graph, share)
-                return self.widths(graph, budget, self.fresh(run.data, seed), self.score_batches(run, self.source))
+                return self.widths(graph, budget, self.fresh(run, seed), self.score_batches(run, self.source))
             own = self.method + (f"@{fraction}" if fraction else "")
             params, macs = graph.cost(self.widths_of(run, own, seed))
             budget = {"width-params": Budget(params, None), "width-macs": Budget(None, macs)}.get(
                 name, Budget(params, macs)
             )
             limits = width_limits(graph, multiple=self.width_multiple, min_width=1, min_ratio=1e-9)
-            wish = rival_wish(graph, name, seed)
+            wish = baseline_wish(graph, name, seed)
             return fit_widths(graph, wish, budget, limits, multiple=self.width_multiple, shift=True)
 
-        return cached_json(run.state / "widths" / f"{variant}-{seed}.json", make)
+        return run.once(f"widths/{variant}-{seed}", make)
 
-    def score_batches(self, run: VisionRun, source: str) -> list[dict[str, Tensor]]:
+    def score_batches(self, run: TrainedRun, source: str) -> list[dict[str, Tensor]]:
         """`score_samples` training images of every class, in two batches at least, each with all classes; none for
         sources that look at no image.
         """
         if source not in ("snip", "grasp"):
             return []
-        labels = run.train_images.labels
+        images = run.domain.train_images
+        labels = images.labels
         count = min(self.score_samples, int(labels.unique(return_counts=True)[1].min()))
         rows = torch.stack([(labels == c).nonzero()[:count, 0] for c in labels.unique()]).T.flatten()
         size = min(self.batch_size, -(-len(rows) // 2))
-        return [default_collate(run.train_images.__getitems__(some.tolist())) for some in rows.split(size)]
+        return [images.batch(some.tolist()) for some in rows.split(size)]
 
-    def masks(self, run: VisionRun, name: str, seed: int) -> dict[str, Tensor]:
-        """{weight: bool} of a sparse rival that keeps as many weights as the recipe's own network has."""
-        graph, widths = self.graph(run.data), self.widths_of(run, self.method, seed)
-        dense, params = self.fresh(run.data, seed), graph.cost(widths)[0]
+    def masks(self, run: TrainedRun, name: str, seed: int) -> dict[str, Tensor]:
+        """{weight: bool} of a sparse baseline that keeps as many weights as the recipe's own network has."""
+        graph, widths = self.graph(run), self.widths_of(run, self.method, seed)
+        dense, params = self.fresh(run, seed), graph.cost(widths)[0]
         weights, density = prunable_weights(dense), params / graph.params.sum()
         if name == "synflow-mask":
             return synflow_masks(dense, self.pixel_shape(dense), density, self.score_rounds)
@@ -299,8 +305,8 @@ class Precropping(VisionRecipe):
 
     # ------------------------------------------------------------------------------------------ checkpoint and report
 
-    def pack(self, run: VisionRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
-        graph, widths = self.graph(run.data), self.widths_of(run, self.method, seed)
+    def pack(self, run: TrainedRun, model: PreTrainedModel, seed: int) -> PreTrainedModel:
+        graph, widths = self.graph(run), self.widths_of(run, self.method, seed)
         params, macs = graph.cost(widths)
         model.config.compression_config = {
             "method": self.method,
@@ -317,19 +323,20 @@ class Precropping(VisionRecipe):
         }
         return model
 
-    def baseline_bytes(self, run: VisionRun) -> dict[str, int]:
-        """Sparse rivals are stored with their zeros in place, as large as the dense network."""
-        return {name: stored_bytes(run.trained(name, run.seeds[0])) for name in self.chosen()[2:]}
+    def baseline_bytes(self, run: TrainedRun) -> dict[str, int]:
+        """Sparse baselines are stored with their zeros in place, as large as the dense network."""
+        models = {name: run.trained(name, run.seeds[0]) for name in self.chosen_baselines()}
+        return {name: sum(t.nbytes for t in model.state_dict().values()) for name, model in models.items()}
 
-    def findings(self, run: VisionRun) -> dict:
-        graph, seed = self.graph(run.data), run.seeds[0]
+    def findings(self, run: TrainedRun) -> dict:
+        graph, seed = self.graph(run), run.seeds[0]
         widths = self.widths_of(run, self.method, seed)
         rows = [[group, base, widths[group], widths[group] / base] for group, base in graph.widths.items()]
         findings = {
             "tables": {
                 "Networks": {
                     "header": NETWORKS,
-                    "rows": [self.network_row(run, graph, name) for name in self.chosen()],
+                    "rows": [network_row(name, run.trained(name, seed), graph) for name in self.variants(run)],
                 },
                 "Widths": {"header": ["group", "base", "width", "kept"], "rows": rows},
             },
@@ -339,36 +346,17 @@ class Precropping(VisionRecipe):
             series: dict[str, list] = {}
             for variant in self.sweep_variants():
                 name, _, fraction = variant.partition("@")
-                metrics = [run.measure(f"{variant}-{s}", partial(run.trained, variant, s)) for s in run.seeds]
+                metrics = [run.measure(f"{variant}-{s}", partial(self.open, run, variant, s)) for s in run.seeds]
                 series.setdefault(name, []).append({"x": float(fraction), "metrics": over_seeds(metrics)})
             findings["sweeps"] = {
                 "Quality by budget": {"x": "fraction of weights and MACs", "log": True, "series": series}
             }
         return findings
 
-    def network_row(self, run: VisionRun, graph: WidthGraph, name: str) -> list:
-        """Weights and MACs of a variant, zeros not counted, and SynExp's value of it."""
-        weights = prunable_weights(run.trained(name, run.seeds[0]))
-        kept = {key.removesuffix(".weight"): int(weight.count_nonzero()) for key, weight in weights.items()}
-        p = np.array([kept[layer.name] / layer.params for layer in graph.layers])
-        params, macs = sum(kept.values()), float(graph.macs @ p)
-        value = float(np.log(p).sum()) if p.all() else "a layer is empty"
-        return [name, f"{params:,}", params / graph.params.sum(), f"{macs:,.0f}", macs / graph.macs.sum(), value]
-
-    def run(self):
-        if self.dry_run:
-            self.print_plan()
-            raise SystemExit(0)
-        return super().run()
-
-    def print_plan(self) -> None:
+    def show_plan(self, run: TrainedRun) -> None:
         """The widths and what they cost, of the first seed."""
-        data = self.load_data()
-        self.check_data(data)
-        run = VisionRun(self, data, self.state_path, [self.seed], self.settings(), World())
-        graph = self.graph(data)
-        batches = self.score_batches(run, self.source)
-        widths = self.widths(graph, self.budget(graph), self.fresh(data, self.seed), batches)
+        graph, batches = self.graph(run), self.score_batches(run, self.source)
+        widths = self.widths(graph, self.budget(graph), self.fresh(run, self.seed), batches)
         for group, base in graph.widths.items():
             print(f"{group:32}{base:6}{widths[group]:6}{widths[group] / base:8.3f}")
         for name, value, total in zip(("weights", "MACs"), graph.cost(widths), graph.cost(graph.widths), strict=True):
@@ -377,41 +365,7 @@ class Precropping(VisionRecipe):
         print(*floor_notes(widths, self.limits(graph)), sep="\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
-
-
-def initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Kaiming-normal weights of the model's own fan-in, biases 0; every layer has a generator of its own."""
-    for name, weight in prunable_weights(model).items():
-        generator = torch.Generator().manual_seed(module_seed(seed, name))
-        nn.init.kaiming_normal_(weight, mode="fan_in", nonlinearity="relu", generator=generator)
-        bias = model.get_submodule(name.removesuffix(".weight")).bias
-        if bias is not None:
-            nn.init.zeros_(bias)
-    return model
-
-
-def resized(model: PreTrainedModel, widths: dict[str, int]) -> PreTrainedModel:
-    """A new model of the same class with these widths, initialised anyhow."""
-    base = CHANNEL_GROUPS[model.config.model_type.removeprefix("slim_")](model)
-    config = copy.deepcopy(model.config)
-    changed = {group: widths[group] for group, width in base_widths(model, base).items() if widths[group] != width}
-    config.widths = ((config.widths or {}) | changed) or None
-    return type(model)(config)
-
-
-@torch.no_grad()
-def cropped(model: PreTrainedModel, widths: dict[str, int]) -> PreTrainedModel:
-    """The first channels of every group, weights times sqrt(fan_old / fan_new), so that signals keep their scale."""
-    small = resized(model, widths)
-    scales = {}
-    for name, weight in prunable_weights(small).items():
-        old = model.get_parameter(name)
-        scales[name] = math.sqrt((old.numel() / len(old)) / (weight.numel() / len(weight)))
-    for name, tensor in small.state_dict().items():
-        whole = model.state_dict()[name]
-        tensor.copy_(whole[tuple(slice(size) for size in tensor.shape)] * scales.get(name, 1))
-    return small
+# -------------------------------------------------------------------------------------------------- budgets and scores
 
 
 def scaled(graph: WidthGraph, share: float) -> Budget:
@@ -419,33 +373,11 @@ def scaled(graph: WidthGraph, share: float) -> Budget:
     return Budget(share * graph.params.sum(), share * graph.macs.sum())
 
 
-def rival_wish(graph: WidthGraph, name: str, seed: int) -> dict[str, float]:
-    """{group: log d_g} of a rival before the common shift: equal in all groups or inside blocks, or drawn."""
-    if name == "random-widths":
-        generator = np.random.default_rng(module_seed(seed, name))
-        return {group: math.log(generator.uniform(0.05, 1)) for group in graph.groups}
-    return {group: 0.0 for group in graph.groups if name != "inner-only" or group not in graph.trunks}
-
-
 def scores(source: str, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Scores of all weights by one look at the untrained network; the largest are kept."""
     if source == "magnitude":
         return {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
     return (snip_scores if source == "snip" else grasp_scores)(model, batches)
-
-
-def random_masks(p: dict[str, float], shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    """Random positions, exact counts."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    counts = layer_counts(p, sizes)
-    return {
-        name: random_mask(seed, layer, sizes[name], counts[name]).view(shape)
-        for layer, (name, shape) in enumerate(shapes.items())
-    }
-
-
-def stored_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def floor_notes(widths: dict[str, int], limits: dict[str, tuple[int, int]]) -> list[str]:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from zoo.cache import KVTunerCache
+from zoo.record.schema import read_report
 from zoo.spaces import MAX_NEW_TOKENS, Decoder, answer_columns, cache_bytes, find_checkpoint, show_plots
 
 LOCAL = Path("runs/kvtuner")
@@ -53,12 +54,12 @@ def draw(growth: dict[str, list[tuple[int, float]]]) -> Figure:
 
 
 def build(checkpoint: Path) -> gr.Blocks:
-    report = json.loads((checkpoint / "report.json").read_text())
+    report = read_report(checkpoint / "report.json")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.bfloat16
     )  # both columns: only the cache differs
-    cache, own = report["cache"], report["cache"]["models"]["kvtuner"]
+    footprint, table = report["footprint"], model.config.kv_cache_quantization
     limit = model.config.max_position_embeddings
 
     def answer(document: str, question: str, new_tokens: int) -> Iterator[tuple]:
@@ -96,8 +97,8 @@ def build(checkpoint: Path) -> gr.Blocks:
     with gr.Blocks(title="KVTuner: a cache of few bits", analytics_enabled=False) as app:
         gr.Markdown(
             f"# KVTuner beside a 16-bit cache\n`{report['base_model']['id']}`, the same weights twice: "
-            f"**{own['bytes_per_token']:,}** bytes of keys and values a token instead of {cache['dense_bytes_per_token']:,} "
-            f"({own['equivalent_bits']:.2f} bits on average, {own['effective_bits']:.2f} with scales)."
+            f"**{footprint['models']['kvtuner']:,}** bytes of keys and values a token instead of {footprint['dense']:,} "
+            f"({table['equivalent_bits']:.2f} bits on average, {table['effective_bits']:.2f} with scales)."
         )
         document = gr.Textbox(
             default_document(checkpoint), label="Document", lines=10, max_length=MAX_DOCUMENT, elem_id="document"

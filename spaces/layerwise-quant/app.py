@@ -19,12 +19,12 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from recipes.layerwise_quant import LayerwiseQuant
-from recipes.layerwise_quant.plans import parse_levels, pinned, plan_bits
+from recipes.layerwise_quant.plans import order_blocks, parse_levels, pinned, plan_bits
 from recipes.layerwise_quant.quantizers import rtn
 from zoo.kernels.packed_linear.reference import pack_codes
-from zoo.layers.packing import pack_layers
-from zoo.record.verify import layer_bytes
+from zoo.layers.packing import pack_layers, row_bytes
+from zoo.record.format import metric_title
+from zoo.record.schema import read_report
 from zoo.spaces import (
     MAX_NEW_TOKENS,
     MAX_PROMPT,
@@ -45,26 +45,31 @@ class Mixtures:
     """The checkpoint and what its dense base becomes at other averages."""
 
     def __init__(self, checkpoint: Path, dense: str):
-        self.report = json.loads((checkpoint / "report.json").read_text())
+        self.report = read_report(checkpoint / "report.json")
         compression = json.loads((checkpoint / "config.json").read_text())["compression_config"]
         self.own_average = round(compression["average_bits"], 2)
         self.own_bits = {int(block): bits for block, bits in compression["bits_by_layer"].items()}
         self.modules = compression["modules"]
         self.dense = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
         self.own = AutoModelForCausalLM.from_pretrained(checkpoint)
-        self.recipe = LayerwiseQuant(**self.report["config"])
-        self.recipe.check()
+        self.backend = compression["backend"]
         self.weights = dict.fromkeys(self.own_bits, 0)
         for name, row in self.rows():
             if block_of(name) in self.weights:
                 self.weights[block_of(name)] += row["d_out"] * row["d_in"]
-        self.recipe.blocks, self.recipe.kept = list(self.weights), pinned(self.recipe.keep, list(self.weights))
-        scores = {}
-        for block in self.report["importance"]["blocks"]:
-            for name, value in block["scores"].items():
-                scores.setdefault(name, {})[block["index"]] = value
-        self.order = self.recipe.order(self.recipe.own_order, scores, self.report["seeds"][0])
+        blocks, scores = list(self.weights), {}
+        for panel in self.report["figures"]["importance"]["panels"]:
+            (points,) = panel["series"]
+            scores[panel["title"]] = dict(zip(points["x"], points["y"], strict=True))
+        kept = pinned(self.report["config"]["keep"], blocks)
+        self.order = order_blocks(compression["importance"], scores, blocks, kept, self.report["seeds"][0])
         self.latest: tuple[float, PreTrainedModel] = (self.own_average, self.own)
+
+    @property
+    def curves(self) -> dict[str, dict]:
+        """{title of a metric: its "y" at the averages "x", in the checkpoint's own order}; empty if not measured."""
+        panels = self.report["figures"].get("curves", {"panels": []})["panels"]
+        return {panel["title"]: panel["series"][0] for panel in panels}
 
     def rows(self) -> list[tuple[str, dict]]:
         return [(row["name"], row) for row in self.report["layers"]]
@@ -77,8 +82,8 @@ class Mixtures:
 
     def bytes(self, bits: dict[int, int]) -> int:
         """Of the whole checkpoint with these widths: the packed matrices, and all else in bf16."""
-        packed = sum(layer_bytes(row | {"bits": bits.get(block_of(name), row["bits"])}, 2) for name, row in self.rows())
-        return packed + self.report["size"]["compressed_bytes"] - sum(layer_bytes(row, 2) for _, row in self.rows())
+        packed = sum(row_bytes(row | {"bits": bits.get(block_of(name), row["bits"])}, 2) for name, row in self.rows())
+        return packed + self.report["size"]["compressed_bytes"] - sum(row_bytes(row, 2) for _, row in self.rows())
 
     @torch.no_grad()
     def model(self, average: float) -> PreTrainedModel:
@@ -134,12 +139,17 @@ def describe(mixtures: Mixtures, average: float) -> str:
         )
     else:
         lines.append(
-            f"These weights are rounded to nearest here and now; those of the checkpoint by {mixtures.recipe.backend}."
+            f"These weights are rounded to nearest here and now; those of the checkpoint by {mixtures.backend}."
         )
-        points = next(iter(mixtures.report.get("curves", {}).values()), [])
-        if points and min(p["bits"] for p in points) <= average <= max(p["bits"] for p in points):
-            point = min(points, key=lambda p: abs(p["bits"] - average))
-            lines.append(f"Nearest measured mixture, {point['bits']:.2f} bits: {perplexities(point['metrics'])}.")
+        curves = mixtures.curves
+        places = next(iter(curves.values()))["x"] if curves else []
+        if places and min(places) <= average <= max(places):
+            near = min(range(len(places)), key=lambda i: abs(places[i] - average))
+            found = {
+                key: metric | {"value": curves[metric_title(key)]["y"][near]}
+                for key, metric in mixtures.report["compressed"].items()
+            }
+            lines.append(f"Nearest measured mixture, {places[near]:.2f} bits: {perplexities(found)}.")
         else:
             lines.append("Quality at this average was not measured.")
     return "\n\n".join(lines)
@@ -155,12 +165,9 @@ def draw(mixtures: Mixtures, average: float) -> Figure:
     """The report's curve with the chosen average, and the width of every block."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis, strip = figure.subplots(2, 1, height_ratios=[5, 1])
-    order, points = next(iter(mixtures.report.get("curves", {"": []}).items()))
     key = next(iter(mixtures.report["compressed"]))
-    if points:
-        axis.plot(
-            [p["bits"] for p in points], [p["metrics"][key]["value"] for p in points], "o-", label=f"order: {order}"
-        )
+    if curve := mixtures.curves.get(metric_title(key)):
+        axis.plot(curve["x"], curve["y"], "o-", label=f"order: {curve['name']}")
     axis.plot(
         mixtures.own_average, mixtures.report["compressed"][key]["value"], "*", markersize=13, label="the checkpoint"
     )
@@ -231,7 +238,7 @@ def main() -> None:
     parser.add_argument("--dense", help="the base model: a folder or a Hub id (default: the one in the report)")
     flags = parser.parse_args()
     checkpoint = find_checkpoint(flags.checkpoint, LOCAL, HUB_ID)
-    report = json.loads((checkpoint / "report.json").read_text())
+    report = read_report(checkpoint / "report.json")
     build(checkpoint, find_dense(flags.dense, report)).launch(allowed_paths=[str(checkpoint / "plots")])
 
 

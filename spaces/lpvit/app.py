@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.kernels.block_sparse_linear.reference import block_rows
 from zoo.layers.block_sparse import BlockSparseLinear
-from zoo.record.card import format_bytes, format_metric, metric_title
+from zoo.record.format import format_bytes, format_metric, metric_title
 from zoo.spaces import classify, find_checkpoint, find_dense, show_plots, upload_row
 
 LOCAL = Path("runs/lpvit")

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.errors import UserError
-from zoo.record.card import format_bytes, format_metric, metric_title
+from zoo.record.format import format_bytes, format_metric, metric_title
 from zoo.spaces import classify, find_checkpoint, show_plots, upload_row
 
 CHECKPOINTS = {  # where a recipe leaves its checkpoint, and its Hub repository

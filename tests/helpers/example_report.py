@@ -9,6 +9,15 @@ import yaml
 from tiny_models import Packing, make_base
 
 from recipes.common.core import report as reports
+from recipes.common.data.base_models import BaseModel
+from recipes.common.data.texts import Text
+from recipes.common.domains.language import Language
+from zoo.folder import open_folder
+from zoo.layers.packing import row_bytes
+
+VERSION_1 = (
+    Path(__file__).parents[1] / "zoo" / "record" / "version_1"
+)  # an invented report of then, and its card of then
 
 
 def metric(value, spread=None, n=7, n_of="windows", unit="ppl", higher=False, **more):
@@ -31,7 +40,7 @@ def layer(depth, kind, init, final):
 
 
 EXAMPLE = {
-    "schema_version": 1,
+    "schema_version": 2,
     "recipe": "armor",
     "config": {
         "model": "made-up",
@@ -102,6 +111,34 @@ EXAMPLE = {
     "seeds": [5, 6],
     "layers": [layer(depth, kind, 0.0713 + depth, 0.0429) for depth in range(3) for kind in ("up_proj", "gate_proj")],
     "notes": ["the dense reference was invented for a test"],
+    "tables": {
+        "Invented findings": {"header": ["riddle", "share"], "rows": [["easy", 0.7431], ["hard", 0.1357]]},
+        "Invented sizes": {
+            "header": ["", "kB"],
+            "rows": [["all", 63.17]],
+            "section": "sizes",
+            "caption": "Very small.",
+        },
+    },
+    "sweeps": {
+        "Riddles by length": {
+            "x": "words of a riddle",
+            "log": True,
+            "series": {
+                "armor": [
+                    {"x": x, "metrics": {"acc/riddles": over_two_seeds(y, y + 0.02, "fraction", True)}}
+                    for x, y in ((12, 0.613), (48, 0.427))
+                ]
+            },
+        }
+    },
+    "figures": {
+        "invented": {
+            "title": "An invented figure",
+            "caption": "Nothing was measured.",
+            "panels": [{"series": [{"name": "guess", "style": "line", "x": [1.5, 2.5], "y": [0.31, 0.73]}]}],
+        }
+    },
     "samples": [{"prompt": "Say hi.", "dense": "Hi!", "compressed": "Hi there!"}],
 }
 
@@ -128,23 +165,23 @@ def write_run(folder: Path, base_id: str = "made-up/Base-Model", kind: str = "ar
         compression={**packing.compression, "method": "armor", "proxy_loss": losses},
         extra_files={"recipe.yaml": yaml.safe_dump(config, sort_keys=False)},
     )
-    text = SimpleNamespace(**data("invented text"))
-    recipe = SimpleNamespace(
-        name="armor", settings=lambda: config, device="cpu", dtype="bfloat16", nsamples=3, seqlen=17, eval_seqlen=19
-    )
-    facts = {"revision": None, "sha256": "ef" * 32, "parameters": 4321, "license": "apache-2.0", "notes": ("made up",)}
-    base = SimpleNamespace(id=base_id, path=packing.base, **facts)
-    rivals = {}
+    text = Text(**data("invented text"), text="")
+    language = Language({"nsamples": 3, "seqlen": 17, "eval_seqlen": 19})
+    language.text, language.texts = text, {"A": text, "B": text}
+    base = BaseModel(base_id, packing.base, None, "ef" * 32, 4321, "apache-2.0", "llama", ("made up",))
+    size = open_folder(folder).sizes()
     if kind == "armor":
-        rivals["wanda"] = [{key: row[key] for key in ("d_out", "d_in", "pattern")} for row in rows]
+        plain = [{"format": "bitmask", **{key: row[key] for key in ("d_out", "d_in", "pattern")}} for row in rows]
+        wrappers = sum(row_bytes(row, 2) for row in rows) - sum(row_bytes(row, 2) for row in plain)
+        size["baselines"] = {"wanda": size["compressed_bytes"] - wrappers}
     report = reports.build(
-        recipe=recipe,
-        base_model=reports.base_row(base),
-        data=reports.text_data(recipe, text, {"A": text, "B": text}, EXAMPLE["dense"]),
+        recipe=SimpleNamespace(name="armor", settings=lambda: config, device="cpu"),
+        base_model=base.row(),
+        data=language.data_rows(EXAMPLE["dense"]),
         dense=EXAMPLE["dense"],
         compressed=runs_of(EXAMPLE["compressed"]),
         baselines={name: runs_of(metrics) for name, metrics in EXAMPLE["baselines"].items()},
-        size=reports.packed_size(folder, rows, rivals, 2),
+        size=size,
         speed=EXAMPLE["speed"],
         layers=rows,
         seconds=12.5,

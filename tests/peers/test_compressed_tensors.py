@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM
 
-from recipes.common.export.engines import export_compressed_tensors
+from recipes.common.export.compressed_tensors import export_compressed_tensors
 from zoo.kernels.packed_linear.reference import unpack_codes
 
 IDS = torch.tensor([[5, 60, 7, 200, 31, 9, 101, 77]])

@@ -10,9 +10,9 @@ from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo  # noqa: F401  (registers the slim classes)
-from recipes.common.core.cli import export_as
-from recipes.common.core.recipe import main
-from recipes.common.export.engines import export_gguf
+from recipes.common.core.cli import main
+from recipes.common.export import export_as
+from recipes.common.export.gguf import export_gguf
 
 PROMPT = "The river rises in the mountains and flows past three old towns before it reaches the sea. In spring the"
 

@@ -63,7 +63,7 @@ def stored(cache):
 
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
-def test_1_bytes_are_those_of_the_formula(model, mode):
+def test_bytes_are_those_of_the_formula(model, mode):
     cache = KVTunerCache.from_config(model.config, table(mode=mode))
     run(model, cache, IDS, chunks=(40,))
     size, heads, tokens, total = 16, 2, 45, 0
@@ -78,7 +78,7 @@ def test_1_bytes_are_those_of_the_formula(model, mode):
     assert (cache.batch_size, cache.get_max_length()) == (2, -1)
 
 
-def test_3_sixteen_bits_are_a_dynamic_cache(model, attention):
+def test_sixteen_bits_are_a_dynamic_cache(model, attention):
     found = run(model, KVTunerCache.from_config(model.config, table(((16, 16),) * 2)), IDS, chunks=(30,))
     wanted = run(model, DynamicCache(config=model.config), IDS, chunks=(30,))
     assert torch.equal(found, wanted)
@@ -119,7 +119,7 @@ def test_decoding_that_dequantises_says_how_to_avoid_it(model, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
 @pytest.mark.parametrize("pair", [*itertools.product((8, 4, 2), (8, 4, 2)), (16, 4), (8, 16)])
-def test_4_packed_attention_is_dequantised_attention(model, mode, pair):
+def test_packed_attention_is_dequantised_attention(model, mode, pair):
     found = {}
     for implementation in ("sdpa", ATTENTION):
         model.set_attn_implementation(implementation)
@@ -133,7 +133,7 @@ def test_4_packed_attention_is_dequantised_attention(model, mode, pair):
 
 
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
-def test_5_codes_do_not_depend_on_how_tokens_came_and_never_change(mode):
+def test_codes_do_not_depend_on_how_tokens_came_and_never_change(mode):
     config = type("Config", (), {"_attn_implementation": "sdpa", "num_attention_heads": 4, "head_dim": 16})()
     config.num_hidden_layers = 1
     g = torch.Generator().manual_seed(1)
@@ -297,7 +297,7 @@ def checkpoint(tmp_path_factory):
     return packing.write(root / "slim", settings={"kv_cache_quantization": table(mode="kivi")})
 
 
-def test_10_generate_uses_the_table_by_itself(checkpoint):
+def test_generate_uses_the_table_by_itself(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert model.config._attn_implementation == ATTENTION
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
@@ -322,7 +322,7 @@ def test_10_generate_uses_the_table_by_itself(checkpoint):
     assert model.generate(IDS, num_beams=3, **options).shape == out.sequences.shape
 
 
-def test_10_padding_reaches_the_cache_by_itself(checkpoint):
+def test_padding_reaches_the_cache_by_itself(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
@@ -330,7 +330,7 @@ def test_10_padding_reaches_the_cache_by_itself(checkpoint):
     assert not out[CACHE].form.padding[0, :5].any() and out[CACHE].form.padding[1].all()
 
 
-def test_10_the_table_survives_saving(checkpoint, tmp_path):
+def test_the_table_survives_saving(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())

@@ -21,8 +21,8 @@ from tiny_models import FAMILY_SETTINGS, Packing, make_base
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import zoo
-from zoo.checkpoint import atomic_folder, load_compression, read_checkpoint_sizes
 from zoo.errors import UserError
+from zoo.folder import atomic_folder, open_folder
 from zoo.layers.base import PackedLinear
 from zoo.models import slim_class_for
 
@@ -100,7 +100,7 @@ def test_sizes_on_record_are_those_on_disk(packing, tmp_path):
             linear += module.weight.numel()
             core += module.weight.numel() // 2
             wrappers += 16 * module.in_features + 8 * module.out_features  # blocks of 16 and 8
-    sizes = read_checkpoint_sizes(folder)
+    sizes = open_folder(folder).sizes()
     wanted = dense - linear + core + wrappers
     assert sizes == {
         "parameters": dense,
@@ -110,7 +110,7 @@ def test_sizes_on_record_are_those_on_disk(packing, tmp_path):
     }
     header = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
     assert (folder / "model.safetensors").stat().st_size == sizes["compressed_bytes"] + header
-    assert load_compression(folder) == packing.compression
+    assert open_folder(folder).compression == packing.compression
 
 
 def tensor_bytes(folder):
@@ -176,7 +176,7 @@ def test_a_packed_head_is_a_matrix_of_its_own(family, tmp_path):
     model = load(folder)
     assert_same_logits(logits(model), logits(packing.dense))
     assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
-    sizes = read_checkpoint_sizes(folder)
+    sizes = open_folder(folder).sizes()
     assert sizes["parameters"] == sum(parameter.numel() for parameter in dense.parameters())
     assert sizes["compressed_bytes"] == sum(len(data) for _, _, data in tensor_bytes(folder).values())
     model.save_pretrained(tmp_path / "again")
@@ -405,10 +405,16 @@ def edited_base(packing, folder, config=None, remove=(), files=None):
         ({"remove": ["model.safetensors"], "files": {"pytorch_model.bin": b""}}, "only read from safetensors"),
         ({"files": {"model.safetensors": b"\x00" * 7}}, "model.safetensors cannot be read"),
         (
-            {"files": {"model.safetensors.index.json": b'{"weight_map": {"a": "../../secret.safetensors"}}'}},
-            r"names the file '\.\./\.\./secret\.safetensors': files inside the folder",
+            {
+                "remove": ["model.safetensors"],
+                "files": {"model.safetensors.index.json": b'{"weight_map": {"a": "../../secret.safetensors"}}'},
+            },
+            r"names '\.\./\.\./secret\.safetensors', which is not a file of the folder",
         ),
-        ({"files": {"model.safetensors.index.json": b"[]"}}, "is not an index of weights files"),
+        (
+            {"remove": ["model.safetensors"], "files": {"model.safetensors.index.json": b"[]"}},
+            "is not an index of weights files",
+        ),
         ({"config": {"num_hidden_layers": 3}}, r"lacks the tensor model\.layers\.2\..* a complete llama model"),
         ({"config": {"hidden_size": 128}}, "has shape .* is needed"),
     ],
@@ -481,7 +487,7 @@ def test_a_full_disk_is_noticed_before_and_while_writing(packing, tmp_path, monk
 
 def test_leftovers_of_a_killed_run_are_removed_and_running_ones_kept(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from zoo.checkpoint import atomic_folder\n"
+        "import sys, time; from pathlib import Path; from zoo.folder import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('x'); print('writing', flush=True); time.sleep(60)"
     )

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 import zoo
 from recipes.common.core import plots, readme
-from recipes.common.core.recipe import recipe_names
+from recipes.common.core.cli import recipe_names
 from zoo import registry
 from zoo.errors import UserError
 from zoo.record.card import render_card
@@ -29,6 +29,7 @@ def test_table_is_sound():
         if entry.is_measured:
             report = entry.report()
             assert (report["recipe"], report["base_model"]["id"]) == (entry.recipe, entry.base)
+            assert f"{entry.auto_class}.from_pretrained" in render_card(report, repo_id=None)
 
 
 def test_cards_and_readme_are_up_to_date():

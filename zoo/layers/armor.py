@@ -20,7 +20,20 @@ class ArmorLinear(PackedLinear):
     Raises: UserError if a block size does not divide its dimension or the pattern does not fit d_in.
     """
 
+    format = "armor"
+    keys = {"block_in": int, "block_out": int, "pattern?": [int]}
     values_name = "core_values"
+
+    @staticmethod
+    def bytes_of(row: dict, itemsize: int) -> int:
+        """Of N/M of the core's numbers and one bit for each, and of block_out d_out + block_in d_in in the wrappers."""
+        d_out, d_in, (n, m) = row["d_out"], row["d_in"], row.get("pattern", (2, 4))
+        numbers = d_out * d_in * n // m + d_out * row["block_out"] + d_in * row["block_in"]
+        return numbers * itemsize + d_out * -(-d_in // 8)
+
+    @staticmethod
+    def dense_shape(spec: dict, parts: dict[str, torch.Tensor]) -> tuple[int, int]:
+        return parts["wrap_out"].shape[:2].numel(), parts["wrap_in"].shape[:2].numel()
 
     def __init__(self, in_features, out_features, bias, block_in, block_out, pattern=(2, 4), dtype=None, device=None):
         super().__init__(in_features, out_features)

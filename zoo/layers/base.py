@@ -1,6 +1,8 @@
 """What every packed layer shares: it takes the place of an nn.Linear or nn.Conv2d and computes a dense weight only on
 request."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -53,12 +55,30 @@ class PackedLayer:
     """Mixed in before nn.Linear or nn.Conv2d: to whoever asks (peft does) it is one, without its weight.
 
     Tensors are frozen parameters rather than buffers: so device maps may offload them and `dtype=` casts the floats,
-    while uint8 masks keep their type. Subclasses set `values_name` (the tensor of kept weights) and define
-    `weight_shape`, `product(x) -> y` for x of the layer's dtype, `dense_weight() -> weight_shape`, `reset_parameters()`
-    (a valid packing of the zero matrix) and `validate(name)`, which raises UserError.
+    while uint8 masks keep their type. Subclasses define `weight_shape`, `product(x) -> y` for x of the layer's dtype,
+    `dense_weight() -> weight_shape`, `reset_parameters()` (a valid packing of the zero matrix) and `validate(name)`, which
+    raises UserError.
+
+    A weight format is one such class, or one for linears and one for convolutions, that packing.py lists. All that is to be
+    known of the format is stated there: `format`, its name in config.json; `keys`, what config.json says of a matrix
+    besides, {name: type, or [type] of every item}, where a name with "?" may be absent; `values_name`, the tensor that has
+    the model's dtype; `bytes_of`; and `dense_shape`, if the tensors give it away. The tensors are those that are added.
     """
 
-    values_name: str
+    format: ClassVar[str]
+    keys: ClassVar[dict[str, type | list[type]]]
+    values_name: ClassVar[str]
+
+    @staticmethod
+    def bytes_of(row: dict, itemsize: int) -> int:
+        """Bytes of a packed matrix without its bias, whose numbers take `itemsize` bytes each, from its row of a report:
+        `d_out`, `d_in` and the format's keys."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dense_shape(spec: dict, parts: dict[str, torch.Tensor]) -> tuple[int, int] | None:
+        """(d_out, d_in) of the matrix that the tensors `parts` are the packing of; None if they do not tell."""
+        return None
 
     def __init__(self):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight

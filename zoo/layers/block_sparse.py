@@ -22,7 +22,15 @@ class BlockSparseLinear(PackedLinear):
     Raises: UserError for sizes that do not fit.
     """
 
+    format = "block_sparse"
+    keys = {"block": [int], "blocks": int}
     values_name = "blocks"
+
+    @staticmethod
+    def bytes_of(row: dict, itemsize: int) -> int:
+        """Of the kept blocks' numbers, and 4 bytes for each one's column and for where each block-row begins and ends."""
+        b_r, b_c = row["block"]
+        return row["blocks"] * (b_r * b_c * itemsize + 4) + 4 * (-(-row["d_out"] // b_r) + 1)
 
     def __init__(self, in_features, out_features, bias=True, *, block, blocks, dtype=None, device=None):
         super().__init__(in_features, out_features)

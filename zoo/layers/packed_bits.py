@@ -21,8 +21,23 @@ class PackedBitsLinear(PackedLinear):
     Raises: UserError for a format that does not fit.
     """
 
+    format = "packed"
+    keys = {"bits": int, "group_size": int, "zeros": str}
     values_name = "scales"
     siblings = None  # see siblings.py
+
+    @staticmethod
+    def bytes_of(row: dict, itemsize: int) -> int:
+        """Of the codes, a scale for each group, and a zero for each: 1 byte ("integer") or as the scale ("float")."""
+        d_out, d_in, group_size = row["d_out"], row["d_in"], row["group_size"]
+        groups = d_out * (1 if group_size == -1 else d_in // group_size)
+        zero = {"none": 0, "integer": 1, "float": itemsize}[row["zeros"]]
+        return d_out * d_in * row["bits"] // 8 + groups * (itemsize + zero)
+
+    @staticmethod
+    def dense_shape(spec: dict, parts: dict[str, torch.Tensor]) -> tuple[int, int]:
+        rows, row_bytes = parts["qweight"].shape
+        return rows, row_bytes * 8 // spec["bits"]
 
     def __init__(
         self, in_features, out_features, bias=True, bits=4, group_size=64, zeros="integer", dtype=None, device=None

@@ -27,7 +27,14 @@ class SeededMask:
     the checkpoint was made, so that another one, under which the values would be another matrix, is refused.
     """
 
+    format = "seeded_bitmask"
+    keys = {"nnz": int, "seed": int, "layer": int, "generator": str, "sha256": str}
     values_name = "values"
+
+    @staticmethod
+    def bytes_of(row: dict, itemsize: int) -> int:
+        """Of the kept weights alone: the seed stands for their positions."""
+        return row["nnz"] * itemsize
 
     def __init__(self, *shape, bias=True, nnz, seed, layer, generator, sha256, dtype=None, device=None, **geometry):
         super().__init__(*shape, **geometry)

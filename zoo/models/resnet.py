@@ -84,7 +84,7 @@ def channel_groups(model: ResNetModel | ResNetForImageClassification) -> Groups:
 
 def cifar_resnet_config(depth: int, width: int, num_labels: int, image_size: int = 32) -> SlimResNetConfig:
     """ResNet-`depth`-`width` for small images: a 3x3 stem, three stages of (depth - 2) / 6 basic blocks, widths
-    W, 2W, 4W, strides 1, 2, 2, projections only where the shape changes (He et al. 2016, section 4.2, option B).
+    W, 2W, 4W, strides 1, 2, 2, projections only where the shape changes (He et al. 2016, option B).
 
     Raises: UserError for a depth that is not 6 n + 2.
     """

@@ -1,36 +1,33 @@
-"""Render a model card from a report: every number of the card is one of the report, formatted here.
+"""Render a model card from a report: every number of the card is one of the report.
 
 The skeleton is model_cards/template.md; what is said about a method comes from model_cards/<method>.md, whose front
 matter holds its names, tags and limits, and whose body may use the recipe's flags as $placeholders.
 """
 
-import math
 import re
-from pathlib import Path
 from string import Template
 
 import yaml  # huggingface_hub needs it too
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..errors import UserError
+from .compare import speed_verdict, verdicts
+from .format import (
+    CARDS,
+    HUB_ID,
+    base_link,
+    baseline_name,
+    format_bytes,
+    format_metric,
+    format_time,
+    method_name,
+    metric_title,
+    slug,
+    table,
+)
 from .schema import check_report
 
-CARDS = Path(__file__).resolve().parent.parent.parent / "model_cards"  # beside this package, in a clone and in a wheel
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 UNKNOWN_LICENSE = "unknown"
-TITLES = {  # of the metrics whose keys do not say it; the name of the data follows
-    "top5": "top-5 accuracy",
-    "nll": "NLL",
-    "brier": "Brier score",
-    "ece": "ECE",
-    "ece_scaled": "temperature-scaled ECE",
-    "auroc": "AUROC against",
-    "fpr95": "FPR at 95 % TPR against",
-    "auroc_energy": "energy AUROC against",
-    "fpr95_energy": "energy FPR at 95 % TPR against",
-    "fgsm": "accuracy under FGSM",
-    "pgd": "accuracy under PGD",
-}
 
 
 def render_card(report: dict, *, repo_id: str | None) -> str:
@@ -54,7 +51,7 @@ def render_card(report: dict, *, repo_id: str | None) -> str:
         "verdicts": "\n".join(f"- {line}" for line in verdicts(report)),
         "scatter": scatter_line(report),
         "data": data_table(report),
-        "sizes": size_table(report),
+        "sizes": sizes(report),
         "speed": speed_table(report),
         "sameness": sameness(report),
         "loading": loading(method, repo_id or f"runs/{report['recipe']}"),
@@ -72,11 +69,6 @@ def render_card(report: dict, *, repo_id: str | None) -> str:
 
 
 # --------------------------------------------------------------------------------------------- what a card needs
-
-
-def method_name(report: dict) -> str:
-    """What made the weights: the recipe's `method` flag where it has one, else the recipe."""
-    return report["config"].get("method", report["recipe"])
 
 
 def default_name(report: dict) -> str:
@@ -173,112 +165,9 @@ def metric_source(report: dict, key: str) -> tuple[str, dict]:
     return kind, data
 
 
-def slug(name: str) -> str:
-    """An identifier for the Hub: a Hub id as it is, else lower case with dashes."""
-    return name if HUB_ID.fullmatch(name) else re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
-def metric_title(key: str) -> str:
-    kind, _, where = key.partition("/")
-    return f"{TITLES.get(kind, kind.replace('_', ' '))} {where}".strip()
-
-
 def data_title(report: dict, key: str) -> str:
     data = metric_source(report, key)[1]
     return data["name"] if data["version"] is None else f"{data['name']} {data['version']}"
-
-
-# ------------------------------------------------------------------------------------------- comparing, honestly
-
-
-def uncertainty(report: dict, key: str, metric: dict) -> float:
-    """One standard deviation of what may differ between two models: over seeds, and over the items of a task.
-
-    How windows of text scatter is left out: all models read the same windows and move together.
-    """
-    over_seeds = metric["spread"] or 0.0 if metric["n_of"] == "seeds" else 0.0
-    dense = report["dense"][key]
-    if dense["n_of"] != "items":
-        return over_seeds
-    if metric["unit"] != "fraction":
-        return math.hypot(over_seeds, dense["spread"] or 0.0)
-    return math.hypot(over_seeds, math.sqrt(metric["value"] * (1 - metric["value"]) / dense["n"]))
-
-
-def compare(report: dict, key: str, ours: dict, rival: dict) -> str:
-    """ "better", "worse", or "undecided": nearer than two of the pair's combined `uncertainty`, or equal."""
-    gain = (ours["value"] - rival["value"]) * (1 if ours["higher_is_better"] else -1)
-    noise = 2 * math.hypot(uncertainty(report, key, ours), uncertainty(report, key, rival))
-    if gain == 0 or abs(gain) < noise:
-        return "undecided"
-    return "better" if gain > 0 else "worse"
-
-
-def verdicts(report: dict) -> list[str]:
-    """One sentence for each rival, dense first: on what this model is better, worse, or not to be told apart."""
-    name = method_name(report)
-    lines = []
-    for rival, metrics in {"dense": report["dense"], **report["baselines"]}.items():
-        groups = {"better": [], "worse": [], "undecided": []}
-        for key, ours in report["compressed"].items():
-            groups[compare(report, key, ours, metrics[key])].append(
-                f"{metric_title(key)} ({format_change(ours, metrics[key])})"
-            )
-        told = [f"{verdict} on {', '.join(found)}" for verdict, found in groups.items() if found]
-        none = "" if groups["better"] or rival == "dense" else " No gain over it was measured."
-        lines.append(f"{name} against {rival}: {'; '.join(told)}.{none}")
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------- formatting
-
-
-def format_metric(metric: dict) -> str:
-    """'18.12 ± 0.07', '0.530', '1.32 ± 0.02×'; ± is over seeds or runs only (see `scatter_line`)."""
-    value, spread = metric["value"], metric["spread"]
-    digits = 3 if metric["unit"] == "fraction" else 2
-    unit = "×" if metric["unit"] == "ratio" else ""
-    if spread is None or metric["n_of"] not in ("seeds", "runs"):
-        return f"{format_number(value, digits)}{unit}"
-    return f"{format_number(value, digits)} ± {format_number(spread, digits)}{unit}"
-
-
-def format_number(value: float, digits: int) -> str:
-    if abs(value) >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
-
-
-def format_change(ours: dict, rival: dict) -> str:
-    """'+3.4 %', or for fractions '-2.0 points'."""
-    difference = ours["value"] - rival["value"]
-    if ours["unit"] == "fraction":
-        return f"{100 * difference:+.1f} points"
-    return f"{100 * difference / rival['value']:+,.1f} %"
-
-
-def format_bytes(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"
-
-
-def format_time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def table(header: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    """A Markdown table; its first column is left-aligned, the others right or as `align` says."""
-    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
-
-
-def base_link(name: str) -> str:
-    """A base model's id, linked if it is one of the Hub's."""
-    return f"[{name}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else f"`{name}`"
 
 
 def quality_table(report: dict) -> str:
@@ -360,66 +249,37 @@ def data_table(report: dict) -> str:
     return table(["use", "data", "version", "amount", "licence", "sha256"], cells, "---")
 
 
-def size_table(report: dict) -> str:
+def sizes(report: dict) -> str:
+    """The weights of both models, and what else the report has to say of sizes."""
     size = report["size"]
     ratio = size["compressed_bytes"] / size["dense_bytes"]
     rows = [
         ["dense, same dtype", format_bytes(size["dense_bytes"]), f"{size['parameters']:,}"],
         [f"**{method_name(report)}**", f"**{format_bytes(size['compressed_bytes'])}**", f"{size['nonzero']:,}"],
     ]
-    if "cache" in report:
-        return f"The weights are those of the base model, {format_bytes(size['dense_bytes'])}.\n\n{cache_table(report)}"
     verdict = "" if ratio < 1 else " Nothing is saved."
-    return (
+    weights = (
         f"{table(['', 'weights', 'numbers stored'], rows)}\n\nThat is {100 * ratio:.1f} % of the dense size.{verdict}"
     )
-
-
-def cache_table(report: dict) -> str:
-    """What the KV cache takes, with and without its scales, and how far predictions move."""
-    cache, own = report["cache"], method_name(report)
-    dense = cache["dense_bytes_per_token"]
-    rows = [["16-bit cache", "16.00", "16.00", f"{dense:,}", "", ""]]
-    for name, row in cache["models"].items():
-        cells = [f"{row['equivalent_bits']:.2f}", f"{row['effective_bits']:.2f}", f"{row['bytes_per_token']:,}"]
-        cells += [f"{100 * row['bytes_per_token'] / dense:.1f} %", f"{row['kl']:.4f}"]
-        rows.append([f"**{cell}**" for cell in (name, *cells)] if name == own else [name, *cells])
-    header = ["", "bits", "bits with scales", "bytes a token", "of 16 bits", "KL on held-out calibration text"]
-    return table(header, rows)
+    if ratio == 1 and "footprint" in report:  # something else is saved
+        weights = f"The weights are those of the base model, {format_bytes(size['dense_bytes'])}."
+    return "\n\n".join([weights, *tables(report, "sizes")])
 
 
 def speed_table(report: dict) -> str:
-    """Ratios of speed; above one is faster than the rival."""
+    """Ratios of speed; above one is faster than what it is measured against."""
     if not report["speed"]:
         return "Speed was not measured."
     rows = [
-        [phase, rival_name(rival), format_metric(m), f"{m['n']} {m['n_of']}"]
+        [phase, baseline_name(ratio), format_metric(m), f"{m['n']} {m['n_of']}"]
         for phase, ratios in report["speed"].items()
-        for rival, m in ratios.items()
+        for ratio, m in ratios.items()
     ]
     where = f"Measured on {report['environment']['cpu']} ({report['cost']['device']}), interleaved in one process"
     versions = report["environment"]["versions"]
     with_torch = f", torch {versions['torch']}" if "torch" in versions else ""
     shown = table(["phase", "against", "speed", "n"], rows)
     return f"{shown}\n\n{where}{with_torch}. Above one is faster. {speed_verdict(report)}"
-
-
-def speed_verdict(report: dict) -> str:
-    """One sentence: where it is faster, where slower, and what is within two deviations of equal."""
-    groups = {"faster": [], "slower": [], "undecided (within two standard deviations of equal)": []}
-    faster, slower, undecided = groups.values()
-    for phase, ratios in report["speed"].items():
-        for rival, m in ratios.items():
-            gain = m["value"] - 1
-            close = gain == 0 or abs(gain) < 2 * (m["spread"] or 0.0)
-            (undecided if close else faster if gain > 0 else slower).append(f"{phase} against {rival_name(rival)}")
-    told = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in groups.items() if found)
-    return f"{told[0].upper()}{told[1:]}.{'' if faster else ' No gain in speed was measured.'}"
-
-
-def rival_name(ratio: str) -> str:
-    """'dense bf16' for the key ratio_to_dense_bf16."""
-    return ratio.removeprefix("ratio_to_").replace("_", " ")
 
 
 def cost_line(report: dict) -> str:
@@ -441,62 +301,40 @@ def layer_types(report: dict) -> dict[str, list[dict]]:
 
 
 def evidence(report: dict) -> str:
-    """Proxy losses by matrix type, quality by average bits, importance of the blocks, and the plots."""
-    plots = "![Quality against size](plots/quality_size.png)"
-    if report.get("curves"):
-        curves = f"{curve_table(report)}\n\n![Quality against average bits](plots/curves.png)"
-        plots = f"{curves}\n\n{plots}"
-    if report.get("cache"):
-        plots = f"{cache_evidence(report)}\n\n{plots}"
+    """Proxy losses by matrix type, quality against size, and what the method found: sweeps, tables, figures."""
+    blocks = [*proxy_losses(report), image("Quality against size", "quality_size")]
     for title, sweep in report.get("sweeps", {}).items():
-        plots = f"{plots}\n\n{sweep_table(title, sweep)}\n\n![{title}](plots/sweep-{slug(title)}.png)"
+        blocks += [sweep_table(title, sweep), image(title, f"sweep-{slug(title)}")]
+    blocks += tables(report, "evidence")
+    for stem, figure in report.get("figures", {}).items():
+        blocks += [figure.get("caption", ""), image(figure["title"], stem)]
+    return "\n\n".join(filter(None, blocks))
+
+
+def image(title: str, stem: str) -> str:
+    return f"![{title}](plots/{stem}.png)"
+
+
+def tables(report: dict, section: str) -> list[str]:
+    """The report's tables of a section of the card, each under its title unless its header begins with that."""
+    blocks = []
     for title, found in report.get("tables", {}).items():
-        cells = [[cell if isinstance(cell, str) else f"{cell:,.4g}" for cell in row] for row in found["rows"]]
-        plots = f"{plots}\n\n{title}:\n\n{table(found['header'], cells)}"
-    if report.get("importance"):
-        plots = f"{plots}\n\n{importance_line(report)}\n\n![Importance of the blocks](plots/importance.png)"
-    types = layer_types(report)
-    if not types:
-        return plots
+        if found.get("section", "evidence") == section:
+            heading = "" if found["header"][0] == title else f"{title}:"
+            blocks += [heading, table(found["header"], found["rows"]), found.get("caption", "")]
+    return list(filter(None, blocks))
+
+
+def proxy_losses(report: dict) -> list[str]:
+    """The losses of each matrix type, as a table and a plot; empty when none is known."""
     rows = []
-    for name, layers in types.items():
+    for name, layers in layer_types(report).items():
         init, final = (sum(row[key] for row in layers) / len(layers) for key in ("loss_init", "loss_final"))
         errors = [row["output_error"] for row in layers if row["output_error"] is not None]
         error = f"{sum(errors) / len(errors):.4f}" if errors else ""
         rows.append([name, len(layers), f"{init:.4f}", f"{final:.4f}", error])
     header = ["matrix", "count", "mean loss at the start", "mean loss at the end", "mean relative output error"]
-    return f"{table(header, rows)}\n\n![Proxy loss of every matrix](plots/proxy_loss.png)\n\n{plots}"
-
-
-def cache_evidence(report: dict) -> str:
-    """How sensitive the layers are, how they were grouped, and what the search saw."""
-    cache = report["cache"]
-    header = ["keys and values at", "mean error of attention's output", "most sensitive layer", "least"]
-    rows = []
-    for name, errors in cache["errors"].items():
-        order = sorted(range(len(errors)), key=errors.__getitem__)
-        ends = (f"{errors[layer]:.3f} (layer {layer})" for layer in (order[-1], order[0]))
-        rows.append([name, f"{sum(errors) / len(errors):.3f}", *ends])
-    groups = "; ".join(", ".join(map(str, group["layers"])) for group in cache["groups"])
-    return (
-        f"{table(header, rows)}\n\nLayers that share a pair: {groups}. {len(cache['searched'])} tables were evaluated in"
-        f" {format_time(cache['seconds'])}.\n\n![Bits of every layer](plots/cache_bits.png)\n\n"
-        "![Loss against bits](plots/cache_front.png)"
-    )
-
-
-def curve_table(report: dict) -> str:
-    """Every metric of every order, by average bits."""
-    curves = report["curves"]
-    bits = sorted({point["bits"] for points in curves.values() for point in points}, reverse=True)
-    tables = []
-    for key in report["compressed"]:
-        rows = []
-        for order, points in curves.items():
-            shown = {point["bits"]: format_metric(point["metrics"][key]) for point in points}
-            rows.append([order, *(shown.get(b, "") for b in bits)])
-        tables.append(table([f"{metric_title(key)} by average bits, order", *(f"{b:.2f}" for b in bits)], rows))
-    return "\n\n".join(tables)
+    return [table(header, rows), image("Proxy loss of every matrix", "proxy_loss")] if rows else []
 
 
 def sweep_table(title: str, sweep: dict) -> str:
@@ -508,19 +346,6 @@ def sweep_table(title: str, sweep: dict) -> str:
         shown = {point["x"]: format_metric(point["metrics"][metric]) for point in points}
         rows.append([name, *(shown.get(x, "") for x in places)])
     return f"{title}:\n\n{table([header, *(f'{x:g}' for x in places)], rows)}"
-
-
-def importance_line(report: dict) -> str:
-    """What the ranking of the blocks rests on, and which of them have the lower width."""
-    blocks = report["importance"]["blocks"]
-    lowered = []
-    for bits in sorted({block["bits"] for block in blocks})[:-1] or [blocks[0]["bits"]]:
-        lowered.append(f"with {bits} bits: {', '.join(str(b['index']) for b in blocks if b['bits'] == bits)}")
-    line = f"Blocks {'; '.join(lowered)}."
-    if "stability" not in report["importance"]:
-        return line
-    tau = report["importance"]["stability"]
-    return f"{line} Kendall's tau of LIM between two halves of the calibration text: {tau:.2f}."
 
 
 def samples(report: dict) -> str:

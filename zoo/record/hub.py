@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoint import load_compression
 from ..errors import UserError
+from ..folder import open_folder
 from .schema import read_report
 
 NEEDED = ("config.json", "README.md", "report.json", "recipe.yaml")
@@ -28,6 +27,21 @@ def publish(folder: Path, repo_id: str, *, tag: str | None = None, private: bool
     """
     folder = Path(folder)
     check_folder(folder)
+    api = check_target(repo_id)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name}", ignore_patterns=[".*"]
+        )
+        if tag:
+            put_tag(api, repo_id, tag)
+    except HfHubHTTPError as error:
+        raise UserError(f"publishing to {repo_id} failed ({str(error).splitlines()[0]}); run it again.") from None
+    return commit.commit_url
+
+
+def check_target(repo_id: str) -> HfApi:
+    """The Hub's client. Raises: UserError if the name is none, or nobody is logged in."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -43,16 +57,7 @@ def publish(folder: Path, repo_id: str, *, tag: str | None = None, private: bool
         raise UserError(
             f"the Hub does not know you ({str(error).splitlines()[0]}): set HF_TOKEN or run `hf auth login`."
         ) from None
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name}", ignore_patterns=[".*"]
-        )
-        if tag:
-            put_tag(api, repo_id, tag)
-    except HfHubHTTPError as error:
-        raise UserError(f"publishing to {repo_id} failed ({str(error).splitlines()[0]}); run it again.") from None
-    return commit.commit_url
+    return api
 
 
 def put_tag(api: HfApi, repo_id: str, tag: str) -> None:
@@ -70,12 +75,10 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: a checkpoint folder that a recipe wrote is needed.")
-    load_compression(folder)
     read_report(folder / "report.json")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors weights: a checkpoint folder that a recipe wrote is needed.")
-    classes = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    for module in {name.partition(".")[0] for name in classes.values()}:
+    model = open_folder(folder)
+    model.tensors  # noqa: B018 (refuses weights that are missing or damaged)
+    for module in {name.partition(".")[0] for name in model.config.get("auto_map", {}).values()}:
         if not (folder / f"{module}.py").is_file():
             raise UserError(f"{folder} lacks {module}.py, which its config names: make the checkpoint again.")
     card = metadata_load(folder / "README.md") or {}

@@ -2,12 +2,16 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
 from ..errors import UserError
+from ..layers.packing import format_keys
+from .format import method_name
+from .migrate import upgrade
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NONE = type(None)
 
 # A spec is a type, a tuple of types, [spec of every item], or a dict of specs, in which "key?" may be absent and "*"
@@ -38,23 +42,43 @@ LAYER = {
     "d_in": int,  # of a convolution: in_channels / groups * kh * kw, the columns of its weight as a matrix
     "kernel?": [int],
     "groups?": int,
-    "block_out?": int,
-    "block_in?": int,
-    "pattern?": [int],
-    "nnz?": int,
-    "seed?": int,
-    "layer?": int,  # seed and layer name a random mask
-    "generator?": str,
-    "sha256?": str,
-    "block?": [int],
-    "blocks?": int,
-    "bits?": int,
-    "group_size?": int,
-    "zeros?": str,
+    **format_keys(),  # of the packed layers; seed and layer name a random mask
     "loss_init": (float, NONE),
     "loss_final": (float, NONE),
     "output_error": (float, NONE),
 }
+TABLE = {
+    "header": [str],
+    "rows": [[(str, float)]],
+    "section?": str,  # of the card; SECTIONS[0] if absent
+    "caption?": str,
+}
+SERIES = {
+    "name?": str,  # in the legend
+    "style": str,
+    "x": [float],
+    "y?": [float],  # all lists are as long as x; vertical lines have no y
+    "error?": [float],
+    "open?": [bool],  # which markers are not filled
+    "notes?": [str],  # written beside the points
+}
+PANEL = {  # curves over an axis, or a heat map with its numbers written into the cells
+    "title?": str,
+    "log?": str,  # the logarithmic axes: some of the letters x, y and, for the cells' shades, z
+    "series?": [SERIES],
+    "cells?": {"*": [float]},  # by the name of the row
+    "shades?": [float],  # the numbers of the lightest and the darkest cell
+}
+FIGURE = {
+    "title": str,
+    "caption?": str,
+    "x?": str,  # labels of the axes, for all panels
+    "y?": str,
+    "columns?": int,  # of panels, 3 if absent
+    "panels": [PANEL],
+}
+SECTIONS = ("evidence", "sizes")
+STYLES = ("line", "step", "points", "dots", "guide", "vertical")  # dots and guides are grey and stay in the background
 REPORT = {
     "schema_version": int,
     "recipe": str,
@@ -89,32 +113,18 @@ REPORT = {
     "seeds": [int],
     "layers": [LAYER],
     "notes": [str],
-    "importance?": {  # what a recipe that ranks decoder blocks found, by their number
-        "stability?": float,  # Kendall's tau between two halves of the calibration text
-        "blocks": [{"index": int, "bits": int, "scores": {"*": float}}],
-    },
-    "curves?": {"*": [{"lowered": int, "bits": float, "metrics": {"*": METRIC}}]},  # quality by average bits, per order
+    "tables?": {"*": TABLE},  # what the method found out, by their titles
     "sweeps?": {  # a metric over some quantity, by its title: a table and a plot on the card
         "*": {"x": str, "log": bool, "series": {"*": [{"x": float, "metrics": {"*": METRIC}}]}}
     },
-    "tables?": {"*": {"header": [str], "rows": [[(str, float)]]}},  # further measured tables, by their title
-    "cache?": {  # a KV cache with widths of its own for each layer, 16 = not quantised
-        "mode": str,
-        "group_size": int,
-        "residual_length": int,
-        "layers": [[int]],  # [key bits, value bits] of each layer
-        "objective": str,  # what the losses below are
-        "dense_bytes_per_token": int,  # of a 16-bit cache, all layers together
-        "models": {  # this one and each baseline; bits are means over layers, effective ones count scales and minima
-            "*": {"equivalent_bits": float, "effective_bits": float, "bytes_per_token": int, "kl": float}
-        },
-        "searched": [{"bits": float, "loss": float}],
-        "uniform": {"*": {"bits": float, "loss": float}},
-        "front": [{"bits": float, "loss": float, "layers": [[int]]}],
-        "groups": [{"layers": [int], "candidates": [[int]]}],
-        "errors": {"*": [float]},  # relative error of attention's output by pair of widths, one per layer
-        "seconds": float,  # that the search took
+    "figures?": {"*": FIGURE},  # drawn as plots/<key>.png
+    "footprint?": {  # what a model costs besides its weights, where the method lowers that
+        "what": str,  # "KV cache"
+        "unit": str,  # "bytes a token"
+        "dense": int,
+        "models": {"*": int},  # this one and the baselines
     },
+    "settings?": {"*": dict},  # by key: what config.json has to say, besides packed modules, for the claims to hold
     "samples?": [{"prompt": str, "dense": str, "compressed": str}],
     "files?": {"*": str},  # sha256 of every file of the checkpoint but report.json and README.md
 }
@@ -123,7 +133,10 @@ LOWEST = {"ppl": 1.0, "fraction": 0.0, "ratio": 0.0}
 
 
 def read_report(path: Path) -> dict:
-    """The checked report at `path`. Raises: UserError naming the file if it is absent, no JSON, or not a report."""
+    """The checked report at `path`, an old one brought up to date.
+
+    Raises: UserError naming the file if it is absent, no JSON, or not a report.
+    """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
@@ -131,6 +144,7 @@ def read_report(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): make the checkpoint again or restore the file.") from None
     try:
+        report = upgrade(report)
         check_report(report)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -147,8 +161,6 @@ def check_report(report: dict) -> None:
     groups = {"dense": report["dense"], "compressed": report["compressed"]}
     groups |= {f"baselines.{name}": metrics for name, metrics in report["baselines"].items()}
     groups |= {f"speed.{phase}": ratios for phase, ratios in report["speed"].items()}
-    for order, points in report.get("curves", {}).items():
-        groups |= {f"curves.{order}[{place}]": point["metrics"] for place, point in enumerate(points)}
     checked = dict(groups)
     for title, sweep in report.get("sweeps", {}).items():
         for name, points in sweep["series"].items():
@@ -162,7 +174,7 @@ def check_report(report: dict) -> None:
         if not where.startswith("speed") and metrics.keys() != report["compressed"].keys():
             odd = sorted(metrics.keys() ^ report["compressed"].keys())
             raise UserError(
-                f"{where}: the metric {odd[0]} is measured on one side only; dense and rivals need the same."
+                f"{where}: the metric {odd[0]} is measured on one side only; dense and baselines need the same."
             )
     if not report["seeds"] or len(set(report["seeds"])) < len(report["seeds"]):
         raise UserError(f"seeds {report['seeds']}: one or more different seeds are needed.")
@@ -172,9 +184,17 @@ def check_report(report: dict) -> None:
     if not report["data"].keys() & {"calibration", "training"}:
         raise UserError("data lacks calibration or training: what the model was made from is needed.")
     for title, found in report.get("tables", {}).items():
-        for row in found["rows"]:
-            if len(row) != len(found["header"]):
-                raise UserError(f"tables.{title}: a row has {len(row)} cells, the header {len(found['header'])}.")
+        _check_table(found, f"tables.{title}")
+    for stem, figure in report.get("figures", {}).items():
+        if not re.fullmatch(r"[\w-]+", stem) or not figure["panels"]:
+            raise UserError(f"figures.{stem}: a file's name without its ending, and one panel or more are needed.")
+        for place, panel in enumerate(figure["panels"]):
+            _check_panel(panel, f"figures.{stem}.panels[{place}]")
+    if footprint := report.get("footprint"):
+        if method_name(report) not in footprint["models"]:
+            raise UserError(f"footprint.models lacks {method_name(report)}, the report's own model.")
+        if footprint["dense"] <= 0:
+            raise UserError(f"footprint.dense is {footprint['dense']}: more than 0 is needed.")
     names = [layer["name"] for layer in report["layers"]]
     if len(set(names)) < len(names):
         raise UserError(f"layers: {next(name for name in names if names.count(name) > 1)} is listed twice.")
@@ -227,6 +247,31 @@ def _check_metric(metric: dict, where: str, seeds: int) -> None:
         close &= math.isclose(spread, spread_of_values, rel_tol=1e-6, abs_tol=1e-12)
     if not close:
         raise UserError(f"{where}: value {value} ± {spread} is not the mean ± sample deviation of {values}.")
+
+
+def _check_table(found: dict, where: str) -> None:
+    if not found["header"]:
+        raise UserError(f"{where}: a header of one cell or more is needed.")
+    for row in found["rows"]:
+        if len(row) != len(found["header"]):
+            raise UserError(f"{where}: a row has {len(row)} cells, the header {len(found['header'])}.")
+    if found.get("section", SECTIONS[0]) not in SECTIONS:
+        raise UserError(f"{where}: section {found['section']!r}; one of {', '.join(SECTIONS)} is needed.")
+
+
+def _check_panel(panel: dict, where: str) -> None:
+    if ("series" in panel) == ("cells" in panel) or ("cells" in panel) != (len(panel.get("shades", ())) == 2):
+        raise UserError(f"{where}: either series, or cells and two shades are needed.")
+    if set(panel.get("log", "")) - set("xyz"):
+        raise UserError(f"{where}: log {panel['log']!r}; some of the letters x, y and z are needed.")
+    for series in panel.get("series", ()):
+        lists = {key: len(value) for key, value in series.items() if isinstance(value, list)}
+        if series["style"] not in STYLES:
+            raise UserError(f"{where}: style {series['style']!r}; one of {', '.join(STYLES)} is needed.")
+        if (series["style"] == "vertical") == ("y" in series) or len(set(lists.values())) > 1:
+            raise UserError(f"{where}: a series of style {series['style']} has lists of lengths {lists}.")
+    if len({len(row) for row in panel.get("cells", {}).values()}) > 1:
+        raise UserError(f"{where}: the rows of the cells are not equally long.")
 
 
 def _refuse_constant(text: str):

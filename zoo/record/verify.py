@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import metadata_load
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig
 
-from ..checkpoint import load_compression, read_checkpoint_sizes
 from ..errors import UserError
-from ..layers.packing import pack_layers
+from ..folder import INDEX, open_folder
+from ..layers.packing import filled_layer, row_bytes
 from .card import metric_source, render_card
 from .schema import read_report
 
@@ -24,13 +22,6 @@ SIZE_TOLERANCE = 0.01  # relative; headers and padding
 PERPLEXITY_TOLERANCE = 0.01  # relative; same windows and dtype, so only the order of sums differs between machines
 FRACTION_TOLERANCE = 0.03  # absolute, or one item: the items are the same too, so only near ties flip
 NOT_HASHED = {"report.json", "README.md"}  # the report holds the hashes; the card is rendered from the report
-TENSOR_NAMES = {
-    "armor": {"core_values", "core_mask", "wrap_out", "wrap_in"},
-    "bitmask": {"values", "mask", "row_offsets"},
-    "block_sparse": {"blocks", "crow_indices", "col_indices"},
-    "packed": {"qweight", "scales", "zeros"},
-    "seeded_bitmask": {"values"},
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def verify(folder: Path, measure: Callable[[Path, dict], dict[str, dict]] | None
     for check in (check_card, check_files, check_config, check_weights, check_layers, check_sizes):
         try:
             problems = list(check(folder, report))
-        except (UserError, OSError, SafetensorError) as error:
+        except (UserError, OSError) as error:
             problems = [str(error)]
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # files of any content get here
             problems = [f"cannot be checked ({type(error).__name__}: {error})"]
@@ -86,10 +77,22 @@ def check_card(folder: Path, report: dict) -> Iterator[str]:
     name = metadata.get("model-index", [{}])[0].get("name", "")
     card = (folder / "README.md").read_text(encoding="utf-8").splitlines()
     rendered = render_card(report, repo_id=name if "/" in name else None).splitlines()
+    if json.loads((folder / "report.json").read_text(encoding="utf-8"))["schema_version"] != report["schema_version"]:
+        yield from check_old_card(card, rendered)
+        return
     for number in range(max(len(card), len(rendered))):
         found, wanted = (lines[number] if number < len(lines) else "" for lines in (card, rendered))
         if found != wanted:
             yield f"README.md, line {number + 1} says {found!r}, the report gives {wanted!r}"
+            return
+
+
+def check_old_card(card: list[str], rendered: list[str]) -> Iterator[str]:
+    """Of a card that an earlier version rendered, every line that holds numbers is among those that the report gives."""
+    front = card.index("---", 1)
+    for number, line in enumerate(card):
+        if (number < front or line.startswith("|")) and line not in rendered:
+            yield f"README.md, line {number + 1} says {line!r}, which the report does not give"
             return
 
 
@@ -110,9 +113,9 @@ def check_files(folder: Path, report: dict) -> Iterator[str]:
 
 
 def check_config(folder: Path, report: dict) -> Iterator[str]:
-    """config.json and recipe.yaml say what the report says: modules, formats, proxy losses, cache, settings."""
-    compression = load_compression(folder)
-    modules, losses = compression["modules"], compression.get("proxy_loss", {})
+    """config.json and recipe.yaml say what the report says: modules, formats, proxy losses, settings."""
+    model = open_folder(folder)
+    modules, losses = model.modules, model.compression.get("proxy_loss", {})
     rows = {row["name"]: row for row in report["layers"]}
     for name in sorted(modules.keys() ^ rows.keys()):
         yield f"{name} is packed in {'config.json' if name in modules else 'the report'} only"
@@ -124,74 +127,62 @@ def check_config(folder: Path, report: dict) -> Iterator[str]:
         claimed = None if row["loss_init"] is None else [row["loss_init"], row["loss_final"]]
         if losses.get(name) != claimed:
             yield f"{name}: proxy loss is {losses.get(name)} in config.json and {claimed} in the report"
-    table = getattr(AutoConfig.from_pretrained(folder), "kv_cache_quantization", None) or {}
-    claimed = report.get("cache", {})
-    for key in ("mode", "group_size", "residual_length", "layers"):
-        if table.get(key) != claimed.get(key):
-            yield f"kv_cache_quantization: {key} is {table.get(key)} in config.json and {claimed.get(key)} in the report"
+    for key, claimed in ({"kv_cache_quantization": {}} | report.get("settings", {})).items():
+        found = model.config.get(key) or {}
+        if found and not claimed:
+            yield f"{key} is in config.json only"
+        for part, value in claimed.items():
+            if found.get(part) != value:
+                yield f"{key}: {part} is {found.get(part)} in config.json and {value} in the report"
     if yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) != report["config"]:
         yield "recipe.yaml differs from the settings in the report"
 
 
 def check_weights(folder: Path, report: dict) -> Iterator[str]:
     """All weights files are complete, the index names each tensor's file, and every number is finite."""
-    placed: dict[str, str] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    placed[name] = file.name
-                    tensor = opened.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        yield f"{name} in {file.name} holds NaN or Inf"
-        except SafetensorError as error:
-            yield f"{file.name} is damaged ({error})"
-    index = folder / "model.safetensors.index.json"
+    tensors = open_folder(folder).tensors
+    for name in tensors:
+        tensor = tensors[name]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            yield f"{name} in {tensors.file_of[name].name} holds NaN or Inf"
+    index, placed = folder / INDEX, {name: file.name for name, file in tensors.file_of.items()}
     if index.exists() and json.loads(index.read_text(encoding="utf-8"))["weight_map"] != placed:
         yield f"{index.name} does not match what the weights files hold"
 
 
 def check_layers(folder: Path, report: dict) -> Iterator[str]:
     """Every packed layer has its tensors, in the right shapes, valid masks, and the bytes that its format needs."""
-    modules = load_compression(folder)["modules"]
-    tensors = open_weights(folder)
+    model = open_folder(folder)
     for row in report["layers"]:
         name = row["name"]
-        names = {"bias", *TENSOR_NAMES.get(row["format"], ())}
-        parts = {key: tensors[f"{name}.{key}"]() for key in sorted(names) if f"{name}.{key}" in tensors}
+        parts = model.parts(name)
         floats = {tensor.dtype for tensor in parts.values() if tensor.is_floating_point()}
         if len(floats) != 1:
             yield f"{name}: one dtype of floating-point tensors is needed, there are {sorted(map(str, floats))}"
             continue
         dtype = floats.pop()
         with torch.device("meta"):
-            holder = nn.ModuleDict({"layer": dense_layer(row, "bias" in parts, dtype)})
+            like = dense_layer(row, "bias" in parts, dtype)
         try:
-            pack_layers(holder, {"layer": modules[name]})
-            holder["layer"].load_state_dict(parts, assign=True)
-            holder["layer"].validate(name)
-        except RuntimeError as error:  # load_state_dict: missing tensors, wrong shapes
-            yield f"{name}: {' '.join(str(error).split())}"
-            continue
+            filled_layer(name, like, model.modules[name], parts)
         except UserError as error:
             yield str(error)
             continue
         stored = sum(tensor.nbytes for key, tensor in parts.items() if key != "bias")
-        wanted = layer_bytes(row, dtype.itemsize)
+        wanted = row_bytes(row, dtype.itemsize)
         if not math.isclose(stored, wanted, rel_tol=SIZE_TOLERANCE):
             yield f"{name} takes {stored:,} bytes, its format needs {wanted:,}"
 
 
 def check_sizes(folder: Path, report: dict) -> Iterator[str]:
     """Bytes on disk, dense bytes and the numbers stored are those of the report."""
-    measured = read_checkpoint_sizes(folder)
-    for key, value in measured.items():
+    model = open_folder(folder)
+    for key, value in model.sizes().items():
         if not math.isclose(value, report["size"][key], rel_tol=SIZE_TOLERANCE):
             yield f"{key} is {value:,}, the report claims {report['size'][key]:,}"
-    on_disk, claimed = sum(file.stat().st_size for file in weight_files(folder)), report["size"]["compressed_bytes"]
-    headers = sum(header_bytes(file) for file in weight_files(folder))
-    if not math.isclose(on_disk - headers, claimed, rel_tol=SIZE_TOLERANCE):
-        yield f"the weights files hold {on_disk - headers:,} bytes, the report claims {claimed:,}"
+    on_disk, claimed = sum(map(tensor_bytes, model.files)), report["size"]["compressed_bytes"]
+    if not math.isclose(on_disk, claimed, rel_tol=SIZE_TOLERANCE):
+        yield f"the weights files hold {on_disk:,} bytes, the report claims {claimed:,}"
 
 
 def check_metrics(folder: Path, report: dict, measure: Callable | None) -> Iterator[Finding]:
@@ -239,24 +230,10 @@ def hash_files(folder: Path) -> dict[str, str]:
     return digests
 
 
-def weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def header_bytes(file: Path) -> int:
-    """A safetensors file is 8 bytes of length, that many bytes of JSON, and the tensors."""
+def tensor_bytes(file: Path) -> int:
+    """Of a safetensors file: 8 bytes of length, that many bytes of JSON, and the tensors."""
     with file.open("rb") as stream:
-        return 8 + int.from_bytes(stream.read(8), "little")
-
-
-def open_weights(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """{tensor name: function that reads it}."""
-    readers = {}
-    for file in weight_files(folder):
-        opened = safe_open(file, framework="pt")
-        for name in opened.keys():  # noqa: SIM118 (not a dict)
-            readers[name] = lambda opened=opened, name=name: opened.get_tensor(name)
-    return readers
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
 
 
 def dense_layer(row: dict, bias: bool, dtype: torch.dtype) -> nn.Module:
@@ -265,29 +242,3 @@ def dense_layer(row: dict, bias: bool, dtype: torch.dtype) -> nn.Module:
         return nn.Linear(row["d_in"], row["d_out"], bias, dtype=dtype)
     channels = row["d_in"] // math.prod(row["kernel"]) * row["groups"]
     return nn.Conv2d(channels, row["d_out"], tuple(row["kernel"]), groups=row["groups"], bias=bias, dtype=dtype)
-
-
-def layer_bytes(row: dict, itemsize: int) -> int:
-    """Bytes of one packed matrix without its bias, from its row in the report alone.
-
-    N:M core: d_out·d_in·N/M values and one bit a position; unstructured: nnz values, the bits, d_out+1 offsets of
-    8 bytes, or the values alone where a seed stands for the positions; ARMOR adds b_out·d_out + b_in·d_in wrapper
-    values. Packed bits: the codes, a scale a group, and a zero a group of 1 byte (integer) or like the scale (float).
-    Blocks: their numbers, and 4 bytes for each block-column and for where each block-row begins and ends.
-    """
-    d_out, d_in = row["d_out"], row["d_in"]
-    if "blocks" in row:
-        b_r, b_c = row["block"]
-        return row["blocks"] * (b_r * b_c * itemsize + 4) + 4 * (-(-d_out // b_r) + 1)
-    if "bits" in row:
-        groups = d_out * (1 if row["group_size"] == -1 else d_in // row["group_size"])
-        zero = {"none": 0, "integer": 1, "float": itemsize}[row["zeros"]]
-        return d_out * d_in * row["bits"] // 8 + groups * (itemsize + zero)
-    if "seed" in row:
-        return row["nnz"] * itemsize
-    mask = d_out * -(-d_in // 8)
-    if "nnz" in row:
-        return row["nnz"] * itemsize + mask + 8 * (d_out + 1)
-    n, m = row["pattern"]
-    numbers = d_out * d_in * n // m + d_out * row.get("block_out", 0) + d_in * row.get("block_in", 0)
-    return numbers * itemsize + mask

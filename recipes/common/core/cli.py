@@ -1,19 +1,99 @@
-"""The commands beside the recipes: verify, publish, export."""
+"""The way in, `python -m recipes`: finds a recipe, parses its flags and runs it; and verify, publish, export."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
-from recipes.common.core.recipe import recipe_class
-from recipes.common.export.engines import export_compressed_tensors, export_dense, export_gguf, read_config
-from recipes.common.export.images import export_dense_classifier
+import torch
+from transformers import HfArgumentParser
+
+from recipes.common.core.recipe import Recipe
+from recipes.common.core.run import execute
+from recipes.common.core.state import read_yaml
+from recipes.common.export import EXPORTS, export_as
 from zoo.errors import UserError
 from zoo.record.hub import publish as publish_folder
 from zoo.record.verify import verify as verify_folder
 
-EXPORTS = ("dense", "gguf-f16", "gguf-q8_0", "gguf-packed", "compressed-tensors")
+RECIPES = Path(__file__).resolve().parents[2]
+HELP = """usage: python -m recipes <name> [--config FILE] [flags]   make, measure and describe a compressed checkpoint
+       python -m recipes <name> --help                    the recipe's flags
+       python -m recipes --list                           the recipes
+       python -m recipes verify FOLDER                    re-measure a checkpoint's own claims
+       python -m recipes publish FOLDER ORG/NAME [--tag TAG] [--private]
+       python -m recipes export FOLDER OUTPUT --format FORMAT
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Mistakes of the user end with one sentence and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"verify": verify, "publish": publish, "export": export}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(HELP, end="")
+        elif arguments[0] == "--list":
+            print("\n".join(recipe_names()))
+        elif arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
+        else:
+            recipe = parse(arguments[0], arguments[1:])
+            torch.manual_seed(recipe.seed)
+            if folder := execute(recipe):
+                print(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes, modules or folders with an `__init__.py`, in kebab case."""
+    found = {path.stem for path in RECIPES.glob("*.py")} | {path.parent.name for path in RECIPES.glob("*/__init__.py")}
+    return sorted(name.replace("_", "-") for name in found - {"common", "bench"} if not name.startswith("_"))
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    if name not in recipe_names():
+        raise UserError(f"{name}: no such recipe; there are {', '.join(recipe_names())}.")
+    module = importlib.import_module(f"recipes.{name.replace('-', '_')}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+    )
+
+
+def parse(name: str, arguments: list[str]) -> Recipe:
+    """Flags over `--config file.yaml` over `--paper` (configs/<name>/paper.yaml) over the dataclass's defaults."""
+    cls = recipe_class(name)
+    parser = HfArgumentParser(cls, prog=f"python -m recipes {name}", description=cls.__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags on the command line win")
+    parser.add_argument("--paper", action="store_true", help=f"the paper's settings (configs/{name}/paper.yaml)")
+    files, _ = parser.parse_known_args(arguments)
+    known = {f.name for f in fields(cls)}
+    for path in (RECIPES / "configs" / name / "paper.yaml" if files.paper else None, files.config):
+        if path is None:
+            continue
+        values = read_yaml(Path(path))
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise UserError(f"{path}: {', '.join(unknown)} is not a flag of {name}; see --help.")
+        parser.set_defaults(**values)
+    values = vars(parser.parse_args(arguments))
+    for f in fields(cls):
+        if "choices" in f.metadata and values[f.name] not in f.metadata["choices"]:
+            raise UserError(f"--{f.name} {values[f.name]}: one of {', '.join(f.metadata['choices'])} is needed.")
+    return cls(**{key: value for key, value in values.items() if key in known})
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
 
 
 def verify(arguments: list[str]) -> None:
@@ -30,14 +110,13 @@ def verify(arguments: list[str]) -> None:
 
 
 def remeasure(folder: Path, report: dict) -> dict[str, dict]:
-    """The metrics of a checkpoint measured again, as its recipe does it: `remeasure` of the recipe's module, or the
-    one of its kind of recipe."""
-    from recipes.common import layerwise, vision  # of which one exports through this module
-
-    recipe = recipe_class(report["recipe"])
-    kind = vision if issubclass(recipe, vision.VisionRecipe) else layerwise
-    module = importlib.import_module(recipe.__module__)
-    return getattr(module, "remeasure", kind.remeasure)(folder, report)
+    """The metrics of a finished checkpoint, measured again through its recipe's domain as its report says."""
+    cls = recipe_class(report["recipe"])
+    known = {f.name for f in fields(cls)}
+    recipe = cls(**{key: value for key, value in report["config"].items() if key in known})
+    domain = replace(recipe.domain(), folder=folder)
+    with recipe.reopen(folder) as model:
+        return domain.metrics(model)
 
 
 def publish(arguments: list[str]) -> None:
@@ -60,21 +139,3 @@ def export(arguments: list[str]) -> None:
     flags = parser.parse_args(arguments)
     export_as(flags.folder, flags.output, flags.format)
     print(flags.output)
-
-
-def export_as(folder: Path, output: Path, kind: str) -> None:
-    """One export of `folder`; `kind` is one of EXPORTS."""
-    if kind not in EXPORTS:
-        raise UserError(f"--export {kind}: one of {', '.join(EXPORTS)} is needed.")
-    images = "AutoModelForImageClassification" in read_config(folder).get("auto_map", {})
-    if images and kind != "dense":
-        raise UserError(f"--export {kind}: image models export as dense only.")
-    if images:
-        export_dense_classifier(folder, output)
-    elif kind == "dense":
-        export_dense(folder, output)
-    elif kind == "compressed-tensors":
-        export_compressed_tensors(folder, output)
-    else:
-        kind = kind.removeprefix("gguf-")
-        export_gguf(folder, output, kind if kind == "packed" else kind.upper())

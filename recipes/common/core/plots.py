@@ -6,15 +6,26 @@ import math
 import re
 from pathlib import Path
 
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure  # not pyplot: no display, no global state
 from matplotlib.ticker import MaxNLocator
 
-from zoo.record.card import layer_types, method_name, metric_title, slug
+from zoo.record.card import layer_types
+from zoo.record.format import method_name, metric_title, slug
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX*"
 INK = "#555555"
 WIDTH = 7.2  # inches
+BACKGROUND = {  # styles of a described series that are grey, and of those that are not
+    "dots": {"linestyle": "", "marker": ".", "markersize": 3, "alpha": 0.4},
+    "guide": {"linestyle": ":", "linewidth": 1},
+}
+DRAWN = {
+    "line": {},
+    "step": {"drawstyle": "steps-post"},
+    "points": {"linestyle": "", "markersize": 5},
+}
 
 
 def draw(report: dict, folder: Path) -> list[Path]:
@@ -24,14 +35,9 @@ def draw(report: dict, folder: Path) -> list[Path]:
     drawn = [quality_size(report, plots / "quality_size.png")]
     if layer_types(report):
         drawn.append(proxy_loss(report, plots / "proxy_loss.png"))
-    if report.get("curves"):
-        drawn.append(curves(report, plots / "curves.png"))
-    if report.get("importance"):
-        drawn.append(importance(report, plots / "importance.png"))
     for title, swept in report.get("sweeps", {}).items():
         drawn.append(sweep(title, swept, plots / f"sweep-{slug(title)}.png"))
-    if report.get("cache"):
-        drawn += [cache_bits(report, plots / "cache_bits.png"), cache_front(report, plots / "cache_front.png")]
+    drawn += [described(figure, plots / f"{stem}.png") for stem, figure in report.get("figures", {}).items()]
     return drawn
 
 
@@ -67,7 +73,7 @@ def proxy_loss(report: dict, path: Path) -> Path:
 
 
 def quality_size(report: dict, path: Path) -> Path:
-    """Each perplexity (or, without any, each metric) against the bytes of the weights, for every model measured.
+    """Each perplexity (or, without any, each metric) against the bytes of the weights, or the report's footprint.
 
     Baselines whose size the report does not give are lines across.
     """
@@ -76,10 +82,10 @@ def quality_size(report: dict, path: Path) -> Path:
     size, own = report["size"], method_name(report)  # ours is drawn over those that it nearly equals
     bytes_of = {"dense": size["dense_bytes"], own: size["compressed_bytes"]} | size.get("baselines", {})
     unit, label = 1e6, "weights, MB"
-    if cache := report.get("cache"):
-        bytes_of = {name: row["bytes_per_token"] for name, row in cache["models"].items()}
-        bytes_of["dense"] = cache["dense_bytes_per_token"]
-        unit, label = 1e3, "KV cache, kB a token"
+    if footprint := report.get("footprint"):
+        bytes_of = {"dense": footprint["dense"]} | footprint["models"]
+        unit = 1e3 if "bytes" in footprint["unit"] else 1
+        label = f"{footprint['what']}, {footprint['unit'].replace('bytes', 'kB')}"
     models = {"dense": report["dense"], own: report["compressed"], **report["baselines"]}
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, len(keys), squeeze=False)
@@ -105,6 +111,98 @@ def quality_size(report: dict, path: Path) -> Path:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     return save(figure, path)
+
+
+def sweep(title: str, swept: dict, path: Path) -> Path:
+    """The first metric of every series over the quantity that was varied, with its spread over seeds."""
+    key = next(iter(next(iter(swept["series"].values()))[0]["metrics"]))
+    series = []
+    for name, points in swept["series"].items():
+        metrics = [point["metrics"][key] for point in points]
+        places = {"x": [point["x"] for point in points], "y": [metric["value"] for metric in metrics]}
+        error = [m["spread"] or 0.0 if m["n_of"] in ("runs", "seeds") else 0.0 for m in metrics]
+        series.append({"name": name, "style": "line", **places, "error": error})
+    panel = {"title": title, "log": "x" if swept["log"] else "", "series": series}
+    return described({"x": swept["x"], "y": metric_title(key), "panels": [panel]}, path)
+
+
+def described(description: dict, path: Path) -> Path:
+    """A figure as FIGURE in zoo/record/schema.py describes it."""
+    panels = description["panels"]
+    columns = min(description.get("columns", 3), len(panels))
+    rows = math.ceil(len(panels) / columns)
+    high = 1.3 if columns == 1 < rows else 2.6
+    heights = [0.25 * len(panel["cells"]) if "cells" in panel else high for panel in panels]
+    heights = [max(heights[row * columns : (row + 1) * columns]) for row in range(rows)]
+    width = max(WIDTH, *(0.27 * len(cells) for panel in panels for cells in panel.get("cells", {}).values()), 0)
+    figure = Figure(figsize=(width, 0.8 + sum(heights)), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=columns == 1, squeeze=False, height_ratios=heights)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        (draw_cells if "cells" in panel else draw_series)(axis, panel)
+        axis.set_title(panel.get("title", ""), fontsize=9)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    first, x, y = axes.flat[0], description.get("x", ""), description.get("y", "")
+    handles, labels = first.get_legend_handles_labels()  # lines before error bars: put back into the series' order
+    names = [series["name"] for series in panels[0].get("series", ()) if "name" in series]
+    legend = {"handles": [handles[labels.index(name)] for name in names], "frameon": False, "fontsize": 8}
+    if len(panels) == 1:
+        first.set_xlabel(x, fontsize=9)
+        first.set_ylabel(y, fontsize=9)
+        if names:
+            first.legend(**legend)
+    else:
+        figure.supxlabel(x, fontsize=9)
+        figure.supylabel(y, fontsize=9)
+        if names:
+            figure.legend(**legend, loc="outside upper center", ncols=4)
+    return save(figure, path)
+
+
+def draw_series(axis, panel: dict) -> None:
+    """Curves, points and vertical lines; those in the background take no colour."""
+    log = panel.get("log", "")
+    coloured = 0
+    for series in panel["series"]:
+        x, y, label = series["x"], series.get("y"), series.get("name")
+        if series["style"] in BACKGROUND:
+            axis.plot(x, y, color=INK, label=label, **BACKGROUND[series["style"]])
+            continue
+        colour, marker = COLOURS[coloured % len(COLOURS)], MARKERS[coloured % len(MARKERS)]
+        style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1 if coloured else 2}
+        style |= DRAWN.get(series["style"], {})
+        coloured += 1
+        if series["style"] == "vertical":
+            for place in x:
+                axis.axvline(place, color=colour, linestyle="--", linewidth=1, label=label)
+            continue
+        axis.errorbar(x, y, series.get("error"), capsize=2, label=label, **style)
+        for a, b, is_open in zip(x, y, series.get("open", ()), strict=False):
+            if is_open:
+                axis.plot(a, b, **style, markerfacecolor="white", zorder=3)
+        for a, b, note in zip(x, y, series.get("notes", ()), strict=False):
+            axis.annotate(note, (a, b), (4, 4), textcoords="offset points", fontsize=7)
+    if "x" in log:
+        axis.set_xscale("log")
+    elif all(isinstance(place, int) for series in panel["series"] for place in series["x"]):
+        axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    if "y" in log:
+        axis.set_yscale("log")
+    plain(axis)
+
+
+def draw_cells(axis, panel: dict) -> None:
+    """A heat map, its numbers written into the cells."""
+    shade = (LogNorm if "z" in panel.get("log", "") else Normalize)(*panel["shades"])
+    rows = list(panel["cells"].values())
+    axis.imshow(rows, cmap="Blues", norm=shade, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            ink = "white" if shade(value) > 0.5 else "black"
+            axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8, color=ink)
+    axis.set_yticks(range(len(rows)), panel["cells"])
+    axis.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 15)))
+    axis.tick_params(labelsize=8, color=INK)
 
 
 def leaderboard(rows: list[dict], path: Path, fingerprint: str) -> Path:
@@ -156,121 +254,3 @@ def save(figure, path: Path, metadata: dict | None = None) -> Path:
     figure.savefig(partial, format="png", dpi=130, metadata=metadata)
     partial.replace(path)
     return path
-
-
-def curves(report: dict, path: Path) -> Path:
-    """Every metric against the average bits, a line for each order of blocks; straight between the ends is dotted."""
-    lines = report["curves"]
-    keys = list(report["compressed"])
-    columns = min(3, len(keys))
-    rows = math.ceil(len(keys) / columns)
-    figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis, key in zip(axes.flat, keys, strict=False):
-        for place, (order, points) in enumerate(lines.items()):
-            bits, metrics = [p["bits"] for p in points], [p["metrics"][key] for p in points]
-            values = [m["value"] for m in metrics]
-            spread = [m["spread"] or 0.0 if m["n_of"] in ("runs", "seeds") else 0.0 for m in metrics]
-            style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
-            axis.errorbar(bits, values, spread, linewidth=2 if place == 0 else 1, label=order, **style)
-        ends = [points[0], points[-1]]
-        axis.plot([p["bits"] for p in ends], [p["metrics"][key]["value"] for p in ends], ":", color=INK, linewidth=1)
-        shown = [point["metrics"][key]["value"] for points in lines.values() for point in points]
-        if min(shown) > 0 and max(shown) > 5 * min(shown):
-            axis.set_yscale("log")
-        axis.set_title(metric_title(key), fontsize=9)
-        plain(axis)
-    for axis in axes.flat[len(keys) :]:
-        axis.axis("off")
-    figure.supxlabel("average bits of the quantised weights", fontsize=9)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    return save(figure, path)
-
-
-def sweep(title: str, swept: dict, path: Path) -> Path:
-    """The first metric of every series over the quantity that was varied, with its spread over seeds."""
-    key = next(iter(next(iter(swept["series"].values()))[0]["metrics"]))
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for place, (name, points) in enumerate(swept["series"].items()):
-        metrics = [point["metrics"][key] for point in points]
-        spread = [m["spread"] or 0.0 if m["n_of"] in ("runs", "seeds") else 0.0 for m in metrics]
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
-        axis.errorbar(
-            [point["x"] for point in points],
-            [m["value"] for m in metrics],
-            spread,
-            linewidth=2 if place == 0 else 1,
-            capsize=2,
-            label=name,
-            **style,
-        )
-    if swept["log"]:
-        axis.set_xscale("log")
-    axis.set_xlabel(swept["x"], fontsize=9)
-    axis.set_ylabel(metric_title(key), fontsize=9)
-    axis.set_title(title, fontsize=9)
-    plain(axis)
-    axis.legend(frameon=False, fontsize=8)
-    return save(figure, path)
-
-
-def importance(report: dict, path: Path) -> Path:
-    """Each score of the blocks over depth, one panel a score; filled points have the high width."""
-    blocks = report["importance"]["blocks"]
-    names = list(blocks[0]["scores"])
-    high = max(block["bits"] for block in blocks)
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.3 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=True):
-        for block in blocks:
-            fill = COLOURS[0] if block["bits"] == high else "none"
-            axis.plot(block["index"], block["scores"][name], "o", markerfacecolor=fill, color=COLOURS[0], markersize=5)
-        axis.set_title(name, fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        plain(axis)
-    figure.supxlabel(f"block; filled: {high} bits, open: fewer", fontsize=9)
-    return save(figure, path)
-
-
-def cache_bits(report: dict, path: Path) -> Path:
-    """Key and value bits of every layer of the KV cache as a heat map, written into the cells."""
-    rows = list(zip(*report["cache"]["layers"], strict=True))  # keys, values
-    figure = Figure(figsize=(max(WIDTH, 0.27 * len(rows[0])), 1.3), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow([[math.log2(bits) for bits in row] for row in rows], cmap="Blues", vmin=0, vmax=5, aspect="auto")
-    for y, row in enumerate(rows):
-        for x, bits in enumerate(row):
-            axis.text(x, y, bits, ha="center", va="center", fontsize=8, color="white" if bits > 4 else "black")
-    axis.set_yticks([0, 1], ["keys", "values"])
-    axis.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 15)))
-    axis.set_xlabel("layer", fontsize=9)
-    axis.tick_params(labelsize=8, color=INK)
-    return save(figure, path)
-
-
-def cache_front(report: dict, path: Path) -> Path:
-    """Loss against mean bits: every table evaluated, the front, and the uniform tables by name."""
-    cache = report["cache"]
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
-    axis = figure.subplots()
-    searched, front = cache["searched"], cache["front"]
-    points = {"color": INK, "alpha": 0.4, "markersize": 3, "label": "evaluated"}
-    axis.plot([p["bits"] for p in searched], [p["loss"] for p in searched], ".", **points)
-    steps = {"where": "post", "color": COLOURS[0], "marker": "o", "markersize": 4, "label": "front"}
-    axis.step([p["bits"] for p in front], [p["loss"] for p in front], **steps)
-    for place, (name, point) in enumerate(cache["uniform"].items()):
-        axis.plot(point["bits"], point["loss"], "s", color=COLOURS[1], label=None if place else "uniform")
-        axis.annotate(name, (point["bits"], point["loss"]), (4, 4), textcoords="offset points", fontsize=7)
-    own = cache["models"][method_name(report)]["equivalent_bits"]
-    axis.axvline(own, color=COLOURS[2], linewidth=1, linestyle="--", label="chosen")
-    if min(point["loss"] for point in searched) > 0:
-        axis.set_yscale("log")
-    axis.set_xlabel("mean bits of keys and values, scales not counted", fontsize=9)
-    axis.set_ylabel(
-        {"kl": "KL to the 16-bit model, nats a token"}.get(cache["objective"], cache["objective"]), fontsize=9
-    )
-    plain(axis)
-    axis.legend(frameon=False, fontsize=8)
-    return save(figure, path)

@@ -15,10 +15,12 @@ import sys
 from pathlib import Path
 
 from recipes.common.core import plots
-from recipes.common.core.recipe import write_text
+from recipes.common.core.report import as_text
+from recipes.common.core.state import write_text
 from zoo import registry
 from zoo.errors import UserError
-from zoo.record.card import CARDS, base_link, format_bytes, format_metric, metric_title, render_card, table
+from zoo.record.card import render_card
+from zoo.record.format import CARDS, base_link, format_bytes, format_metric, metric_title, table
 from zoo.record.schema import read_report
 from zoo.registry import Entry
 
@@ -62,7 +64,7 @@ def take(folder: Path) -> Path:
             f"--take {folder}: zoo/registry.py has no entry of recipe {made[0]} and base {made[1]}; add one."
         )
     shutil.copytree(folder / "plots", entry.folder / "plots", dirs_exist_ok=True)
-    write_text(entry.folder / "report.json", (folder / "report.json").read_text(encoding="utf-8"))
+    write_text(entry.folder / "report.json", as_text(report))
     return entry.folder
 
 

@@ -1,32 +1,32 @@
-"""The way in: a recipe is a dataclass whose fields are its flags; this module finds it, parses, checks and runs it."""
+"""A recipe: a dataclass whose fields are the command line, and the few verbs by which `run.execute` carries it out."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
-import os
-import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import yaml
-from accelerate import PartialState
-from transformers import HfArgumentParser
+from torch import nn
+from zoo.folder import open_folder
 
+from recipes.common.core.run import Run
+from recipes.common.export import export_as
 from zoo.errors import UserError
 
-RECIPES = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from recipes.common.domains import Domain
+
 RUN_ONLY = ("output", "resume", "overwrite", "push_to_hub", "export", "workers")  # flags that do not change the weights
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """What every recipe has. A recipe module subclasses it (or a kind of recipe), adds its knobs, and fills in `run`."""
+    """What every recipe has. A recipe subclasses a domain's flags, and a loop's where it uses one, adds its own, and fills
+    in the verbs below. Fields never change after parsing; what a run finds out lives in its `Run`.
+    """
 
     model: str = field(
         default="smollm2-135m-instruct", metadata={"help": "base model: a Hub id, a folder, or an offline alias"}
@@ -48,14 +48,25 @@ class Recipe:
         default_factory=list,
         metadata={"help": "also write for other engines: dense, gguf-f16, gguf-q8_0, gguf-packed, compressed-tensors"},
     )
+    baselines: list[str] = field(
+        default_factory=list, metadata={"help": "baselines to run beside it; 'none' for none (default: all)"}
+    )
 
-    kind = "abstract"
-    paper_title = ""
-    arxiv = ""
+    paper_title: ClassVar[str] = ""
+    arxiv: ClassVar[str] = ""
+    run_type: ClassVar[type[Run]] = Run
+    dry_run: ClassVar[bool] = False  # where it is a flag, `show_plan` is all that is done
+
+    # ----------------------------------------------------------------------------------------------- names and places
 
     @property
     def name(self) -> str:
         return type(self).__module__.rpartition(".")[2].replace("_", "-")
+
+    @property
+    def method(self) -> str:
+        """Name of the recipe's own variant."""
+        return self.name
 
     @property
     def output_path(self) -> Path:
@@ -70,189 +81,110 @@ class Recipe:
         """The fields that determine the weights: `recipe.yaml`."""
         return {key: value for key, value in asdict(self).items() if key not in RUN_ONLY}
 
+    # ------------------------------------------------------------------------------------------ before any work: refusals
+
+    def domain(self) -> Domain:
+        """What the model is made of and measured on."""
+        raise NotImplementedError
+
     def check(self) -> None:
-        """Raises UserError for impossible flags, before any work."""
+        """Raises UserError for impossible flags."""
 
-    def run(self) -> Path:
-        """Makes the checkpoint and returns its folder."""
-        raise UserError(f"{self.name} cannot be run.")
+    def check_base(self, run: Run) -> None:
+        """Raises UserError where flags, base model and data do not go together."""
 
+    def at_least(self, **lowest: float) -> None:
+        """Raises UserError for a flag below its lowest value; None is left alone."""
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} {value}: {least} or more is needed.")
 
-def module_seed(seed: int, name: str) -> int:
-    """A seed for one module that depends on the run's seed and the module's name only, not on any order of work."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
+    def baseline_names(self) -> list[str]:
+        """Every name that --baselines takes, in the order of the report."""
+        return []
 
+    def default_baselines(self) -> list[str]:
+        """Those that run without --baselines."""
+        return self.baseline_names()
 
-# ------------------------------------------------------------------------------------------------------ run folders
-
-
-def open_state(recipe: Recipe) -> Path:
-    """Creates or reopens the state folder. Refuses an existing output and a state of other settings."""
-    output, state = recipe.output_path, recipe.state_path
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]) and not recipe.overwrite:
-        raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
-    settings = state / "recipe.yaml"
-    if settings.exists() and not recipe.overwrite:
-        if not recipe.resume:
-            raise UserError(f"{state} holds an unfinished run; pass --resume to continue it or --overwrite to restart.")
-        old, new = yaml.safe_load(settings.read_text()), recipe.settings()
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            raise UserError(f"--resume: {state} was made with other values of {', '.join(changed)}; use those again.")
-        return state
-    try:
-        if recipe.overwrite and state.exists():
-            shutil.rmtree(state)
-        state.mkdir(parents=True, exist_ok=True)
-        write_text(settings, yaml.safe_dump(recipe.settings(), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name a writable folder.") from None
-    return state
-
-
-def pin_inputs(state: Path, **sha256: str) -> None:
-    """Records what a run reads when it starts, and refuses to resume it on anything else."""
-    path = state / "inputs.json"
-    pinned = cached_json(path, lambda: sha256)
-    changed = sorted(key for key in sha256 if pinned.get(key) != sha256[key])
-    if changed:
-        raise UserError(
-            f"--resume: the {', '.join(changed)} changed since {state} was begun; pass --overwrite to restart."
-        )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def cached_json(path: Path, make: Callable[[], dict]) -> dict:
-    """The JSON at `path`, made once: what a resumed run has measured already is not measured again."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(make()))
-    return json.loads(path.read_text())
-
-
-def check_resources(ram_bytes: float, disk_bytes: float, minutes: float, folder: Path) -> None:
-    """Prints what the run needs, and refuses early what cannot fit."""
-    import psutil
-
-    while not folder.exists():
-        folder = folder.parent
-    ram, disk = psutil.virtual_memory().available, shutil.disk_usage(folder).free
-    print(f"needs about {ram_bytes / 2**30:.1f} GiB RAM, {disk_bytes / 2**30:.1f} GiB disk, {minutes:.0f} minutes")
-    if ram_bytes > ram:
-        raise UserError(
-            f"about {ram_bytes / 2**30:.1f} GiB of memory are needed, {ram / 2**30:.1f} GiB are free; lower --nsamples."
-        )
-    if disk_bytes > disk:
-        raise UserError(
-            f"about {disk_bytes / 2**30:.1f} GiB of disk are needed, {disk / 2**30:.1f} GiB are free; choose another"
-            " --output."
-        )
-
-
-# ---------------------------------------------------------------------------------------------- processes and parsing
-
-
-@dataclass
-class World:
-    """This process among those that torchrun or `accelerate launch` started; one process is rank 0 of 1."""
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable[[], None] = lambda: None
-
-
-def world(device: str) -> World:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
-    if state.is_main_process:
-        print(f"{state.num_processes} processes share the work", flush=True)
-    return World(state.process_index, state.num_processes, state.wait_for_everyone)
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes, modules or folders with an `__init__.py`, in kebab case."""
-    found = {path.stem for path in RECIPES.glob("*.py")} | {path.parent.name for path in RECIPES.glob("*/__init__.py")}
-    return sorted(name.replace("_", "-") for name in found - {"common", "bench"} if not name.startswith("_"))
-
-
-def recipe_class(name: str) -> type[Recipe]:
-    if name not in recipe_names():
-        raise UserError(f"{name}: no such recipe; there are {', '.join(recipe_names())}.")
-    module = importlib.import_module(f"recipes.{name.replace('-', '_')}")
-    return next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
-    )
-
-
-def parse(name: str, arguments: list[str]) -> Recipe:
-    """Flags over `--config file.yaml` over `--paper` (configs/<name>/paper.yaml) over the dataclass's defaults."""
-    cls = recipe_class(name)
-    parser = HfArgumentParser(cls, prog=f"python -m recipes {name}", description=cls.__doc__)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; flags on the command line win")
-    parser.add_argument("--paper", action="store_true", help=f"the paper's settings (configs/{name}/paper.yaml)")
-    files, _ = parser.parse_known_args(arguments)
-    known = {f.name for f in fields(cls)}
-    for path in (RECIPES / "configs" / name / "paper.yaml" if files.paper else None, files.config):
-        if path is None:
-            continue
-        values = read_yaml(Path(path))
-        unknown = sorted(values.keys() - known)
+    def chosen_baselines(self) -> list[str]:
+        known = [name for name in self.baseline_names() if name != self.method]
+        unknown = [name for name in self.baselines if name not in known and name != "none"]
         if unknown:
-            raise UserError(f"{path}: {', '.join(unknown)} is not a flag of {name}; see --help.")
-        parser.set_defaults(**values)
-    values = vars(parser.parse_args(arguments))
-    for f in fields(cls):
-        if "choices" in f.metadata and values[f.name] not in f.metadata["choices"]:
-            raise UserError(f"--{f.name} {values[f.name]}: one of {', '.join(f.metadata['choices'])} is needed.")
-    return cls(**{key: value for key, value in values.items() if key in known})
+            raise UserError(f"--baselines {unknown[0]}: one of {', '.join(known)} or none is needed.")
+        chosen = self.baselines or self.default_baselines()
+        return [name for name in known if name in chosen]
 
+    def exports(self) -> tuple[str, ...]:
+        """What --export takes."""
+        return self.domain().exports
 
-def read_yaml(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not a YAML file ({error}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: a YAML mapping of flags is needed.")
-    return values
+    def beside(self) -> dict[str, Callable[[Run, Path], None]]:
+        """What the run leaves next to its output: {ending of its name: what writes it}."""
 
+        def writer(kind: str) -> Callable[[Run, Path], None]:
+            return lambda run, path: export_as(run.checkpoint(run.seeds[0]), path, kind)
 
-HELP = """usage: python -m recipes <name> [--config FILE] [flags]   make, measure and describe a compressed checkpoint
-       python -m recipes <name> --help                    the recipe's flags
-       python -m recipes --list                           the recipes
-       python -m recipes verify FOLDER                    re-measure a checkpoint's own claims
-       python -m recipes publish FOLDER ORG/NAME [--tag TAG] [--private]
-       python -m recipes export FOLDER OUTPUT --format FORMAT
-"""
+        return {f"-{kind}.gguf" if "gguf" in kind else f"-{kind}": writer(kind) for kind in self.export}
 
+    def needs(self, run: Run) -> tuple[float, float, float]:
+        """(bytes of memory, bytes of disk, minutes) of the run."""
+        raise NotImplementedError
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Mistakes of the user end with one sentence and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(HELP, end="")
-        elif arguments[0] == "--list":
-            print("\n".join(recipe_names()))
-        elif arguments[0] in ("verify", "publish", "export"):
-            tools = importlib.import_module("recipes.common.core.cli")
-            getattr(tools, arguments[0])(arguments[1:])
-        else:
-            recipe = parse(arguments[0], arguments[1:])
-            torch.manual_seed(recipe.seed)
-            recipe.check()
-            print(recipe.run())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    def show_plan(self, run: Run) -> None:
+        """What --dry_run prints."""
+
+    # ---------------------------------------------------------------------------------------------------------- the work
+
+    def produce(self, run: Run, seed: int) -> None:
+        """The method, for one seed; on every process."""
+        raise NotImplementedError
+
+    def write(self, run: Run, seed: int, folder: Path) -> None:
+        """Writes the checkpoint of a seed, whole or not at all."""
+        raise NotImplementedError
+
+    def variants(self, run: Run) -> list[str]:
+        """The models that are measured: dense, the recipe's own, the baselines."""
+        return ["dense", self.method, *self.chosen_baselines()]
+
+    @contextmanager
+    def open(self, run: Run, variant: str, seed: int) -> Iterator[nn.Module]:
+        """The model of a variant, to be measured."""
+        raise NotImplementedError
+        yield
+
+    def measure(self, run: Run, variant: str) -> list[dict[str, dict]]:
+        """The metrics of a variant, one dict a seed."""
+        return [run.measure(f"{variant}-{seed}", partial(self.open, run, variant, seed)) for seed in run.seeds]
+
+    @contextmanager
+    def reopen(self, folder: Path) -> Iterator[nn.Module]:
+        """The model of a finished checkpoint as it was measured: what `verify` measures again."""
+        yield self.domain().load(folder)
+
+    # -------------------------------------------------------------------------------------------------------- the report
+
+    def dense_folder(self, run: Run) -> Path:
+        """The dense model that the checkpoint's speed is compared with."""
+        return run.domain.base.path
+
+    def speed(self, run: Run, folder: Path) -> dict[str, dict[str, dict]]:
+        return run.domain.speed(self.dense_folder(run), folder)
+
+    def base_row(self, run: Run) -> dict:
+        """`base_model` of the report."""
+        return run.domain.base_row()
+
+    def sizes(self, run: Run, folder: Path) -> dict:
+        """`size` of the report."""
+        return open_folder(folder).sizes()
+
+    def layers(self, run: Run, folder: Path) -> list[dict]:
+        """`layers` of the report: what was packed, and how its loss fell."""
+        return []
+
+    def findings(self, run: Run) -> dict:
+        """What else the report holds, once all else is measured: "tables", "figures", "sweeps", "notes", …"""
+        return {}

@@ -6,39 +6,25 @@ import importlib.metadata
 import json
 import platform
 import resource
-import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import metadata_load
 
 from recipes.common.core import plots
-from recipes.common.core.recipe import write_text
-from recipes.common.data.assets import ASSETS
-from zoo.checkpoint import read_checkpoint_sizes
-from zoo.record.card import (
-    compare,
-    format_bytes,
-    format_metric,
-    format_time,
-    method_name,
-    render_card,
-    rival_name,
-    speed_verdict,
-    verdicts,
-)
+from recipes.common.core.state import write_text
+from recipes.common.metrics.metric import over_seeds
+from zoo.record.card import render_card
+from zoo.record.compare import compare, speed_verdict, verdicts
+from zoo.record.format import baseline_name, format_bytes, format_metric, format_time, method_name
 from zoo.record.schema import SCHEMA_VERSION, check_report
-from zoo.record.verify import hash_files, layer_bytes
+from zoo.record.verify import hash_files
 
 if TYPE_CHECKING:
     from recipes.common.core.recipe import Recipe
-    from recipes.common.data.base_models import BaseModel
-    from recipes.common.data.texts import Text
 
 PACKAGES = ("slimzoo", "torch", "transformers", "safetensors", "huggingface-hub", "numpy", "lm-eval")
-LANGUAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ["en"]}
 MARKS = {"better": "+", "worse": "-", "undecided": "~"}
 
 
@@ -62,12 +48,13 @@ def build(
     """The report of a finished run, checked.
 
     Args:
-        base_model, data, size: as `base_row`, `text_data` and `packed_size` give them for language models.
+        base_model, data: what it was made from and measured on, as the domain gives them. size: of the checkpoint.
         dense: {metric name: M}. compressed, baselines: one such dict per seed.
         speed: {"decode": {"ratio_to_dense_bf16": M, …}, "prefill": {…}}.
         layers: one row per packed matrix. seconds: of the whole run. notes: what a reader must know of it.
         samples: [{"prompt", "dense", "compressed"}], greedy generations.
-        findings: what else the method found out: "importance", "curves", "sweeps", more "notes" (see report_schema.py).
+        findings: what else the method found out: "tables", "sweeps", "figures", "footprint", "settings" as in
+            zoo/record/schema.py, and more "notes".
     """
     findings = dict(findings or {})
     report = {
@@ -92,86 +79,6 @@ def build(
     report |= findings
     check_report(report)
     return report
-
-
-def base_row(base: BaseModel) -> dict:
-    """`base_model` of a report that starts from a language model."""
-    row = {key: getattr(base, key) for key in ("id", "revision", "sha256", "parameters", "license")}
-    return row | {"language": languages(base)}
-
-
-def text_data(recipe: Recipe, calibration: Text, texts: dict[str, Text], dense: dict[str, dict]) -> dict:
-    """`data` of a report on a language model: texts calibrated and measured on, tasks, and how much of each."""
-    evaluation = {
-        name: text_row(text, windows=dense[f"perplexity/{name}"]["n"], seqlen=recipe.eval_seqlen)
-        for name, text in texts.items()
-    }
-    tasks = {key.partition("/")[2]: m["n"] for key, m in dense.items() if m["n_of"] == "items"}
-    if tasks:
-        evaluation["tasks"] = {name: task_row(name, items) for name, items in tasks.items()}
-    return {
-        "calibration": text_row(calibration, windows=recipe.nsamples, seqlen=recipe.seqlen),
-        "evaluation": evaluation,
-    }
-
-
-def packed_size(folder: Path, layers: list[dict], baseline_layers: dict[str, list[dict]], itemsize: int) -> dict:
-    """`size` of a report, with that of the baselines, were they packed.
-
-    baseline_layers: {baseline: rows like `layers`}, how its matrices would be packed ("block_out" = "block_in" = r stands
-    for a correction of rank r); gives the baselines their place in the plot.
-    """
-    size = read_checkpoint_sizes(folder)
-    if baseline_layers:
-        rest = size["compressed_bytes"] - sum(layer_bytes(row, itemsize) for row in layers)
-        size["baselines"] = {
-            name: rest + sum(layer_bytes(row, itemsize) for row in rows) for name, rows in baseline_layers.items()
-        }
-    return size
-
-
-def text_row(text: Text, **amount: int) -> dict:
-    """A row of `data`: where the text comes from, and how much of it was used."""
-    return {key: getattr(text, key) for key in ("name", "version", "sha256", "size", "license")} | amount
-
-
-def languages(base: BaseModel) -> list[str]:
-    """As the base model's card states them; the packaged models come without one. Empty when unknown."""
-    if base.id in LANGUAGES:
-        return LANGUAGES[base.id]
-    card = base.path / "README.md"
-    stated = (metadata_load(card) or {}).get("language") if card.exists() else None
-    return [stated] if isinstance(stated, str) else stated or []
-
-
-def task_row(name: str, items: int) -> dict:
-    """The row of `data.evaluation.tasks` of a local task, or of one that lm-eval fetched by itself."""
-    if name in ASSETS:
-        asset = ASSETS[name]
-        row = {"name": asset.archive.package, "version": asset.archive.version, "license": asset.license}
-        return row | {"sha256": asset.sha256, "size": None, "items": items}
-    version = f"lm-eval {importlib.metadata.version('lm-eval')}"
-    return {"name": name, "version": version, "sha256": None, "size": None, "items": items}
-
-
-def over_seeds(runs: list[dict[str, dict]]) -> dict[str, dict]:
-    """{metric: M} of one run per seed -> {metric: M} with mean, sample standard deviation and the single values.
-
-    A single run stays as it is: its n counts windows or items, and its spread is the standard error over those.
-    """
-    if len(runs) == 1:
-        return runs[0]
-    merged = {}
-    for key, first in runs[0].items():
-        values = [run[key]["value"] for run in runs]
-        merged[key] = first | {
-            "value": statistics.fmean(values),
-            "spread": statistics.stdev(values),
-            "n": len(values),
-            "n_of": "seeds",
-            "values": values,
-        }
-    return merged
 
 
 # ----------------------------------------------------------------------------------------------------- the machine
@@ -236,15 +143,11 @@ def render_table(report: dict) -> str:
         f"size: {format_bytes(size['compressed_bytes'])} of {format_bytes(size['dense_bytes'])} dense "
         f"({100 * size['compressed_bytes'] / size['dense_bytes']:.1f} %)",
     ]
-    if cache := report.get("cache"):
-        dense_bytes, own = cache["dense_bytes_per_token"], cache["models"][method_name(report)]
-        lines.append(
-            f"KV cache: {own['bytes_per_token']:,} of {dense_bytes:,} bytes a token"
-            f" ({100 * own['bytes_per_token'] / dense_bytes:.1f} %), {own['equivalent_bits']:.2f} bits, with scales"
-            f" {own['effective_bits']:.2f}"
-        )
+    if footprint := report.get("footprint"):
+        own, dense = footprint["models"][method_name(report)], footprint["dense"]
+        lines.append(f"{footprint['what']}: {own:,} of {dense:,} {footprint['unit']} ({100 * own / dense:.1f} %)")
     for phase, ratios in report["speed"].items():
-        shown = (f"{format_metric(m)} of {rival_name(rival)}" for rival, m in ratios.items())
+        shown = (f"{format_metric(m)} of {baseline_name(ratio)}" for ratio, m in ratios.items())
         lines.append(f"speed, {phase}: {', '.join(shown)}")
     if report["speed"]:
         lines.append(speed_verdict(report))
@@ -259,6 +162,11 @@ def write(report: dict, folder: Path) -> dict:
     report = report | {"files": hash_files(folder)}
     check_report(report)
     card = render_card(report, repo_id=None)
-    write_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / "report.json", as_text(report))
     write_text(folder / "README.md", card)
     return report
+
+
+def as_text(report: dict) -> str:
+    """What report.json holds."""
+    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,22 +20,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 from recipes.common.data.assets import ASSETS, asset_path, cache_folder
-from zoo.checkpoint import atomic_folder, read_checkpoint_sizes
 from zoo.errors import UserError
+from zoo.folder import atomic_folder, open_folder
 
 # Of a Hub repository only the top folder's weights, config, tokenizer and card; never pickles, code or other formats.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # `consolidated` repeats the weights in another layout
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DEGRID_SIGMA = 0.1
 DEGRID_SEED = 0
+LANGUAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ["en"]}
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,19 @@ class BaseModel:
     license: str | None
     model_type: str
     notes: tuple[str, ...] = ()  # what a reader of the report must know about these weights
+
+    def row(self) -> dict:
+        """`base_model` of a report."""
+        row = {key: getattr(self, key) for key in ("id", "revision", "sha256", "parameters", "license")}
+        return row | {"language": self.languages()}
+
+    def languages(self) -> list[str]:
+        """As the base model's card states them; the packaged models come without one. Empty when unknown."""
+        if self.id in LANGUAGES:
+            return LANGUAGES[self.id]
+        card = self.path / "README.md"
+        stated = (metadata_load(card) or {}).get("language") if card.exists() else None
+        return [stated] if isinstance(stated, str) else stated or []
 
 
 def resolve_model(model: str, revision: str | None = None, *, compressed: bool = False) -> BaseModel:
@@ -108,11 +119,8 @@ def _describe(
     compressed: bool = False,
 ) -> BaseModel:
     """Reads what there is to know of a model folder, and refuses what no recipe can start from."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = str(config.get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"--model {name}: {folder} has no readable config.json; name a model folder.") from None
+    source = open_folder(folder)
+    config, model_type = source.config, str(source.config.get("model_type"))
     packed = "compression_config" in config
     if packed and not compressed:
         raise UserError(
@@ -127,12 +135,11 @@ def _describe(
             f"--model {name}: model_type {model_type!r} is unknown to this transformers; update it or name another"
             " model (code from a model's folder is never run)."
         )
-    tensors = open_tensors(folder)
-    parameters = sum(math.prod(tensors.shape(key)) for key in tensors)
+    parameters = sum(math.prod(source.tensors.shape(key)) for key in source.tensors)
     if packed:
-        parameters = read_checkpoint_sizes(folder)["parameters"]
+        parameters = source.sizes()["parameters"]
     return BaseModel(
-        name, folder, revision, _hash(tensors.files), parameters, license or _license(folder), model_type, notes
+        name, folder, revision, _hash(source.files), parameters, license or _license(folder), model_type, notes
     )
 
 
@@ -153,79 +160,11 @@ def _license(folder: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
-
-
-class TensorFiles:
-    """The tensors of a model folder, sharded or not, read one at a time: a mapping from name to file.
-
-    A file is mapped only while a tensor of it is alive, so memory follows the tensors in use, not the model.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.files = _weight_files(self.folder)
-        self._file_of: dict[str, Path] = {}
-        for file in self.files:
-            try:
-                with safe_open(file, "pt") as opened:  # checks that the file is as long as its header says
-                    self._file_of |= dict.fromkeys(opened.keys(), file)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} cannot be read ({error}); fetch the model again.") from None
-
-    def keys(self) -> list[str]:
-        return list(self._file_of)
-
-    def __iter__(self):
-        return iter(self._file_of)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def get(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, on the CPU. KeyError if there is none of that name."""
-        with safe_open(self._file_of[name], "pt") as opened:
-            return opened.get_tensor(name)
-
-    def shape(self, name: str) -> list[int]:
-        with safe_open(self._file_of[name], "pt") as opened:
-            return opened.get_slice(name).get_shape()
-
-
-def open_tensors(folder: Path) -> TensorFiles:
-    """Lazy access to a model folder's weights. Raises UserError if they are missing, damaged or not safetensors."""
-    return TensorFiles(folder)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that the index names, in name order; as from_pretrained chooses them."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        hint = f"{', '.join(pickled)} could run code when unpickled and is never opened; " if pickled else ""
-        raise UserError(
-            f"{folder} has no model.safetensors; {hint}save the model with save_pretrained, which writes safetensors."
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is not an index of weights files; fetch the model again.") from None
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index} names {name!r}, which is not a file of the folder; fetch the model again.")
-    return [folder / name for name in names]
-
-
 def check_finite(folder: Path) -> None:
     """Reads every weight once, one tensor in memory at a time. Raises UserError naming the first with NaN or Inf."""
-    tensors = open_tensors(folder)
+    tensors = open_folder(folder).tensors
     for name in tqdm(tensors, desc="checking weights", unit="tensor", leave=False, delay=2):
-        tensor = tensors.get(name)
+        tensor = tensors[name]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{folder}: the weight {name} holds NaN or Inf; such a model cannot be compressed.")
 
@@ -258,7 +197,7 @@ def convert_smollm2(folder: Path) -> None:
 
 
 def convert_degridded(folder: Path) -> None:
-    """The same function with weights off the 4-bit grid of the GGUF: quantisation recipes and their rivals start here.
+    """The same function with weights off the 4-bit grid of the GGUF: quantisation recipes and their baselines start here.
 
     On the grid, 4-bit groups of 32 would be lossless by construction. Input columns are scaled by s = exp(sigma n),
     n standard normal, and what feeds them is divided by s: q, k, v and gate, up with their RMSNorm; down with up's

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 from transformers import ConvNextImageProcessorPil
 
-from recipes.common.core.recipe import module_seed
+from recipes.common.core.state import module_seed
 from recipes.common.data.images import ImageData
 from zoo.errors import UserError
 
@@ -111,6 +111,10 @@ class ImageTensors(torch.utils.data.Dataset):
         if self.labels is None:
             return [{"pixel_values": x} for x in inputs]
         return [{"pixel_values": x, "labels": y} for x, y in zip(inputs, self.labels[rows], strict=True)]
+
+    def batch(self, rows: list[int]) -> dict[str, Tensor]:
+        """{"pixel_values": (B, 3, H, W) normalised, "labels": (B,)} of these rows."""
+        return {"pixel_values": self.normalize(self.pixels(rows)), "labels": self.labels[rows]}
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """((B, 3, H, W) pixels in [0, 1], (B,) labels or None), in order."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from filelock import FileLock
 from tqdm.auto import tqdm
@@ -97,6 +98,16 @@ def calibration_images(data: ImageData, n: int, seed: int) -> Dataset:
     start = int.from_bytes(hashlib.sha256(f"calibration/{seed}".encode()).digest()[:6], "big") % total
     places = [(start + k * total) // n for k in range(n)]  # start / n < total / n: the last place is below total
     return data.train.select([order[place] for place in places]).select_columns(["image"])
+
+
+def training_subset(data: ImageData, items: int | None) -> Dataset:
+    """The first `items` training images of a fixed shuffle, all of them by default. UserError if there are fewer."""
+    if items is None:
+        return data.train
+    if items > len(data.train):
+        raise UserError(f"--train_items {items}: there are {len(data.train)} training images.")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    return data.train.select(order[:items].tolist())
 
 
 # ------------------------------------------------------------------------------------------------------------ splitting

@@ -94,7 +94,7 @@ class CalibrationText:
 def calibration_windows(text: Text, tokenizer, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """(nsamples, seqlen) int64 token windows at random places of the text, no two overlapping, in random order.
 
-    As ARMOR's authors sample (section 5 of its sheet): documents concatenated, cut from a random offset on, no special
+    As ARMOR's authors sample (arXiv 2510.05528): documents concatenated, cut from a random offset on, no special
     tokens. The same text, tokenizer and seed give the same windows.
 
     Raises:

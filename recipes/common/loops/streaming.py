@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from recipes.common.data.base_models import open_tensors
-from recipes.common.export.engines import dense_weight
 from recipes.common.parts.pruners import LayerStats, StatsAccumulator
 from zoo.cache import CACHE
 from zoo.errors import UserError
+from zoo.folder import open_folder
+from zoo.layers.packing import dense_weight
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +78,7 @@ class StreamedModel:
     def __init__(self, path: Path, device: str = "cpu"):
         self.path, self.device = Path(path), torch.device(device)
         self.config = AutoConfig.from_pretrained(path)
-        self.tensors = open_tensors(self.path)
+        self.tensors = open_folder(self.path).tensors
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         self.decoder = model.get_decoder()
@@ -90,6 +90,15 @@ class StreamedModel:
         self.prefix = next(name for name, module in model.named_modules() if module is self.layers)
         self.decoder_prefix = self.prefix.removesuffix("layers")
         self.kwargs: list[dict] = []
+        for name, tensor in model.state_dict().items():
+            if name not in self.tensors:
+                if name not in model.all_tied_weights_keys:
+                    raise UserError(f"{path}: the weight {name} is missing; the folder is not a complete model.")
+            elif self.tensors.shape(name) != list(tensor.shape):
+                raise UserError(
+                    f"{path}: the weight {name} has shape {self.tensors.shape(name)}, the config asks for"
+                    f" {list(tensor.shape)}; the folder is damaged."
+                )
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -138,10 +147,7 @@ class StreamedModel:
     def _materialise(self, module: nn.Module, prefix: str) -> None:
         state = {}
         for name, _ in module.named_parameters():
-            full = f"{prefix}.{name}"
-            if full not in self.tensors:
-                raise UserError(f"{self.path}: the weight {full} is missing; the folder is not a complete model.")
-            state[name] = self.tensors.get(full).to(self.device, torch.float32)
+            state[name] = self.tensors.get(f"{prefix}.{name}").to(self.device, torch.float32)
         module.load_state_dict(state, assign=True, strict=False)
         module.eval().requires_grad_(False)
 

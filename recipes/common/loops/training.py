@@ -1,8 +1,9 @@
-"""Train an image classifier with transformers' Trainer: masks that stay masks, distillation, resume, several processes."""
+"""Train a model with transformers' Trainer: masks that stay masks, any loss, groups and step hooks, resume, processes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,21 +11,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from recipes.common.data.image_batches import ImageTensors
 from zoo.errors import UserError
 
 Masks = dict[str, Tensor]  # {parameter name: bool, True where the weight is kept}
+# loss(model, batch, label smoothing) -> (mean loss of the batch, {name: what the score looks at}).
+Loss = Callable[[nn.Module, dict[str, Tensor], float], tuple[Tensor, dict[str, Tensor]]]
+Score = tuple[str, Callable[[EvalPrediction], float]]  # less is better if the name ends in "loss"
+Groups = Callable[[nn.Module], list[dict]]  # parameter groups of an optimiser
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a classifier is trained; the same for dense, compressed and rivals."""
+    """How a model is trained; the same for dense, compressed and baselines."""
 
     epochs: int
     batch_size: int  # over all processes together
@@ -61,31 +65,37 @@ class Schedule:
 
 def train(
     model: PreTrainedModel,
-    images: ImageTensors,
-    validation: ImageTensors,
+    items: Dataset,
+    validation: Dataset,
     schedule: Schedule,
     folder: Path,
     *,
+    loss: Loss,
+    score: Score,
     seed: int,
     masks: Masks | None = None,
-    teacher: PreTrainedModel | None = None,
+    groups: Groups | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     device: str = "cpu",
 ) -> list[dict]:
-    """Trains `model` in place; it ends with the weights of the epoch of best validation accuracy.
+    """Trains `model` in place; it ends with the weights of the epoch of the best score.
 
     Args:
-        images: the training images, which draw their own augmentation. validation: chooses the epoch, nothing else.
+        items: what is trained on, dicts of tensors with "labels". validation: chooses the epoch, nothing else.
         folder: of Trainer's checkpoints; if there is one, training continues from it.
-        seed: of the order of the images.
+        loss: of a batch; labels are smoothed while the model trains. score: its name, and what it is of all outputs.
+        seed: of the order of the items.
         masks: weights outside stay exactly zero: they are zeroed first, their gradients before clipping and stepping,
             and they themselves after every step, because momentum of a step taken earlier may still move them.
-        teacher: its softened predictions are half of the loss (KL divergence, mean over the batch, temperature 1).
+        groups: of the parameters that are trained, with their own settings (default: `decayed_groups`).
+        callbacks: hooks of Trainer, such as those after every step.
     Returns: Trainer's log, one dict an entry. Raises: UserError if the loss becomes NaN.
     """
     apply_masks(model, masks)
     if schedule.epochs == 0:
         return []
     world = TrainingArguments(output_dir=str(folder), use_cpu=device == "cpu").world_size
+    name, function = score
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=device == "cpu",
@@ -94,13 +104,13 @@ def train(
         per_device_eval_batch_size=256,
         learning_rate=schedule.lr,
         max_grad_norm=schedule.max_grad_norm,
-        label_smoothing_factor=0.0,  # the loss below has it
+        label_smoothing_factor=0.0,  # the loss has it
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
         save_total_limit=1,
         load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
+        metric_for_best_model=name,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -110,15 +120,16 @@ def train(
         dataloader_num_workers=0,
         ddp_find_unused_parameters=False,
     )
-    trainer = ClassifierTrainer(
+    trainer = ScheduledTrainer(
         model=model,
         args=arguments,
-        train_dataset=images,
+        train_dataset=items,
         eval_dataset=validation,
-        compute_metrics=_accuracy,
-        callbacks=[KeepMasks(masks)] if masks else [],
+        compute_metrics=lambda predicted: {name: function(predicted)},
+        callbacks=[*callbacks, *([KeepMasks(masks)] if masks else [])],
         schedule=schedule,
-        teacher=teacher,
+        loss=loss,
+        groups=groups,
     )
     handles = mask_gradients(model, masks)
     try:
@@ -133,18 +144,17 @@ def train(
     return log
 
 
-class ClassifierTrainer(Trainer):
+class ScheduledTrainer(Trainer):
     """Trainer with our optimiser, schedule by epoch, and loss."""
 
-    def __init__(self, *, schedule: Schedule, teacher: PreTrainedModel | None, **kwargs):
+    def __init__(self, *, schedule: Schedule, loss: Loss, groups: Groups | None, **kwargs):
         super().__init__(**kwargs)
-        self.schedule = schedule
-        self.teacher = teacher and teacher.eval().requires_grad_(False).to(self.args.device)
+        self.schedule, self.loss, self.groups = schedule, loss, groups
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model=None) -> Optimizer:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model, self.schedule)
+            self.optimizer = make_optimizer(self.model, self.schedule, self.groups)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -164,16 +174,8 @@ class ClassifierTrainer(Trainer):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(pixel_values=inputs["pixel_values"])
-        smoothing = self.schedule.label_smoothing if model.training else 0.0
-        loss = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=smoothing)
-        if self.teacher is not None and model.training:
-            with torch.no_grad():
-                target = self.teacher(pixel_values=inputs["pixel_values"]).logits.log_softmax(-1)
-            loss = 0.5 * loss + 0.5 * F.kl_div(
-                outputs.logits.log_softmax(-1), target, reduction="batchmean", log_target=True
-            )
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        loss, outputs = self.loss(model, inputs, self.schedule.label_smoothing if model.training else 0.0)
+        return (loss, outputs) if return_outputs else loss
 
 
 class KeepMasks(TrainerCallback):
@@ -186,16 +188,21 @@ class KeepMasks(TrainerCallback):
         apply_masks(model, self.masks)
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
-    """SGD with Nesterov momentum 0.9, or AdamW; weight decay on matrices and kernels only."""
+def make_optimizer(model: nn.Module, schedule: Schedule, groups: Groups | None = None) -> Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW."""
+    found = groups(model) if groups else decayed_groups(model, schedule.weight_decay)
+    if schedule.optimizer == "adamw":
+        return AdamW(found, lr=schedule.lr)
+    return SGD(found, lr=schedule.lr, momentum=0.9, nesterov=True)
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices and kernels only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if schedule.optimizer == "adamw":
-        return AdamW(groups, lr=schedule.lr)
-    return SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
 
 
 @torch.no_grad()
@@ -213,8 +220,3 @@ def mask_gradients(model: nn.Module, masks: Masks | None) -> list:
         parameter = model.get_parameter(name)
         handles.append(parameter.register_hook(partial(torch.mul, mask.to(parameter.device))))
     return handles
-
-
-def _accuracy(predicted: EvalPrediction) -> dict[str, float]:
-    logits, labels = torch.as_tensor(predicted.predictions), torch.as_tensor(predicted.label_ids)
-    return {"accuracy": (logits.argmax(-1) == labels).double().mean().item()}

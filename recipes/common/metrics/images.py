@@ -16,10 +16,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from recipes.common.core.recipe import module_seed
+from recipes.common.core.state import module_seed
 from recipes.common.data.image_batches import ImageTensors
 from recipes.common.data.images import PACKAGED, ImageData, load_images
-from recipes.common.metrics.language import metric
+from recipes.common.metrics.metric import metric
 from zoo.errors import UserError
 
 DETECTION = ("auroc", "fpr95", "auroc_energy", "fpr95_energy")  # once for every set of foreign images

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity on token windows, lm-eval tasks, and speed beside other models."""
+"""What a language model is worth: perplexity on token windows, and lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recipes.common.data.assets import asset_path
-from zoo.cache import CACHE
+from recipes.common.metrics.metric import metric
 from zoo.errors import UserError
 
 # The multiple-choice tasks that need no hub: name -> (metric, prompt of an item). The metric is the one that a small
@@ -27,20 +26,6 @@ LOCAL_TASKS = {
     "similarities_abstraction": ("acc", "Q: {q}\nA:"),
 }
 TASK_BATCH = 8
-
-
-def metric(
-    value: float, spread: float | None, n: int, n_of: str, unit: str = "fraction", higher_is_better: bool = True
-) -> dict:
-    """One number of a report: `spread` is a sample standard deviation or a standard error, in the unit of `value`."""
-    return {
-        "value": float(value),
-        "spread": None if spread is None else float(spread),
-        "n": n,
-        "n_of": n_of,
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- perplexity
@@ -98,18 +83,6 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1) -> dict:
 def _exp(nll: float) -> float:
     """exp, capped at the largest float, so that a ruined model still has a number that JSON can hold."""
     return math.exp(min(nll, 709.0))
-
-
-def over_runs(runs: list[dict[str, dict]]) -> dict[str, dict]:
-    """{metric: M} with mean and sample deviation over several models; of a single one, its own."""
-    if len(runs) == 1:
-        return runs[0]
-    merged = {}
-    for key, first in runs[0].items():
-        values = [run[key]["value"] for run in runs]
-        spread, unit = statistics.stdev(values), first["unit"]
-        merged[key] = metric(statistics.fmean(values), spread, len(runs), "runs", unit, first["higher_is_better"])
-    return merged
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -246,61 +219,3 @@ def _quiet_lm_eval() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-# ------------------------------------------------------------------------------------------------------------ speed
-
-
-def compare_speed(
-    models: dict[str, nn.Module], prompt_tokens: int, new_tokens: int, repeats: int, seed: int = 0
-) -> dict[str, dict[str, list[float]]]:
-    """Prefill and greedy decode at batch 1, the models taking turns so that a busy machine slows all alike.
-
-    Every model is warmed up once, untimed. The prompt is random ids that all models know; decoding is forced to
-    `new_tokens` steps, so the work does not depend on what the model says.
-
-    Returns:
-        {name: {"prefill_seconds": [repeats], "decode_tokens_per_s": [repeats]}}; entry i of all lists was measured in
-        the same round.
-    """
-    vocabulary = min(model.config.get_text_config().vocab_size for model in models.values())
-    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
-    for model in models.values():
-        model.eval()
-        generation_times(model, prompt, min(new_tokens, 2))
-    raw = {name: {"prefill_seconds": [], "decode_tokens_per_s": []} for name in models}
-    names = list(models)
-    for repeat in tqdm(range(repeats), desc="speed", unit="round", leave=False):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:  # nobody is always first
-            prefill, decode = generation_times(models[name], prompt, new_tokens)
-            raw[name]["prefill_seconds"].append(prefill)
-            raw[name]["decode_tokens_per_s"].append(new_tokens / decode)
-    return raw
-
-
-@torch.inference_mode()
-def generation_times(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """(seconds for the prompt (1, T) up to its next token, seconds for `new_tokens` further greedy tokens)."""
-    ids = prompt.to(model.device)
-    begin = _now(model)
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
-    prefilled = _now(model)
-    for _ in range(new_tokens):
-        out = model(input_ids=token, use_cache=True, **{CACHE: out[CACHE]})
-        token = out.logits[:, -1:].argmax(-1)
-    return prefilled - begin, _now(model) - prefilled
-
-
-def _now(model: nn.Module) -> float:
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def ratio(a: list[float], b: list[float]) -> dict:
-    """a / b round by round, as a metric: the median, with the sample standard deviation over rounds (None for one)."""
-    rounds = [x / y for x, y in zip(a, b, strict=True)]
-    spread = statistics.stdev(rounds) if len(rounds) > 1 else None
-    return metric(statistics.median(rounds), spread, len(rounds), "runs", "ratio")

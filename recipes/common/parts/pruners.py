@@ -1,6 +1,7 @@
 """One-shot pruners of a single weight matrix from the statistics of its inputs: baselines, and parts of methods.
 
-All take W (d_out, d_in) fp32 and return the pruned dense weight; N:M patterns run along the input dimension.
+All take W (d_out, d_in) fp32, the statistics of its inputs and a rule that says how many weights to keep and where
+(PerGroup, PerRow, PerMatrix), and return the pruned dense weight.
 Sources: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774), NoWag (arXiv 2504.14569).
 """
 
@@ -50,15 +51,75 @@ class StatsAccumulator:
         return LayerStats(self.mean, self.mean.diagonal().clone(), self.tokens)
 
 
+@dataclass(frozen=True)
+class PerGroup:
+    """Keep n of every m consecutive inputs of each output; m divides d_in."""
+
+    n: int
+    m: int
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool (d_out, d_in): the largest of scores (d_out, d_in); of equals those that come first."""
+        return mask_n_m(scores, self.n, self.m)
+
+    def within(self, columns: range, d_in: int) -> PerGroup:
+        """The rule for some columns of a matrix of d_in: those of whole groups."""
+        return self
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Keep `count` weights of each output, 0..d_in."""
+
+    count: int
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool (d_out, d_in): the largest of scores (d_out, d_in) in each row; of equals those that come first."""
+        return largest(scores, self.count)
+
+    def within(self, columns: range, d_in: int) -> PerRow:
+        """The rule for some columns of a matrix of d_in; over columns that follow one another the counts add up."""
+        return PerRow(share(self.count, columns, d_in))
+
+
+@dataclass(frozen=True)
+class PerMatrix:
+    """Keep `count` weights of the whole matrix, 0..d_out d_in."""
+
+    count: int
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool (d_out, d_in): the largest of scores (d_out, d_in); of equals the first in row-major order."""
+        return largest(scores.flatten(), self.count).view(scores.shape)
+
+    def within(self, columns: range, d_in: int) -> PerMatrix:
+        """As `PerRow.within`."""
+        return PerMatrix(share(self.count, columns, d_in))
+
+
+Keep = PerGroup | PerRow | PerMatrix
+
+
 def mask_n_m(scores: Tensor, n: int, m: int) -> Tensor:
     """Keeps the n largest of every m consecutive scores along the last dimension; ties go to the first. bool."""
-    groups = scores.unflatten(-1, (-1, m))
-    keep = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, keep, True).flatten(-2)
+    return largest(scores.unflatten(-1, (-1, m)), n).flatten(-2)
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """bool: the `count` largest scores along the last dimension; ties go to the first."""
+    keep = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, keep, True)
+
+
+def share(count: int, columns: range, d_in: int) -> int:
+    """Of `count` weights kept in d_in columns, those in `columns`: the difference of two cumulative shares, each rounded
+    half up, so that it never exceeds what the columns hold."""
+    before, after = ((2 * count * end + d_in) // (2 * d_in) for end in (columns.start, columns.stop))
+    return after - before
 
 
 def sanitize(second_moment: Tensor) -> Tensor:
-    """Importance d (d_in,): non-finite or non-positive entries become the mean of the valid ones (ARMOR section 3.1)."""
+    """Importance d (d_in,): non-finite or non-positive entries become the mean of the valid ones."""
     valid = torch.isfinite(second_moment) & (second_moment > 0)
     if not valid.any():
         raise UserError("the calibration inputs of a layer are all zero or not finite; use other calibration data.")
@@ -73,29 +134,29 @@ def normalize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return W1 / r2[:, None], r1, r2
 
 
-def magnitude(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
-    """Keeps the N largest |W_ij| of every M."""
-    return weight * mask_n_m(weight.abs(), *pattern)
+def magnitude(weight: Tensor, stats: LayerStats, keep: Keep) -> Tensor:
+    """Keeps the largest |W_ij|."""
+    return weight * keep.mask(weight.abs())
 
 
-def wanda(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
-    """Keeps the N largest |W_ij| sqrt(mean x_j^2) of every M."""
-    return weight * mask_n_m(weight.abs() * stats.second_moment.sqrt(), *pattern)
+def wanda(weight: Tensor, stats: LayerStats, keep: Keep) -> Tensor:
+    """Keeps the largest |W_ij| sqrt(mean x_j^2)."""
+    return weight * keep.mask(weight.abs() * stats.second_moment.sqrt())
 
 
-def nowag(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
-    """NoWag-P: keeps the N largest d_j W_bar_ij^2 of every M; W's values are unchanged."""
-    return weight * mask_n_m(normalize(weight)[0].square() * sanitize(stats.second_moment), *pattern)
+def nowag(weight: Tensor, stats: LayerStats, keep: Keep) -> Tensor:
+    """NoWag-P: keeps the largest d_j W_bar_ij^2; W's values are unchanged."""
+    return weight * keep.mask(normalize(weight)[0].square() * sanitize(stats.second_moment))
 
 
-def sparsegpt(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Tensor:
+def sparsegpt(weight: Tensor, stats: LayerStats, keep: Keep) -> Tensor:
     """SparseGPT: prunes column by column and moves each error onto the columns that follow.
 
-    H = 2 mean x x^T + damping; U = upper Cholesky factor of H^-1. At each group of M columns every row drops the
-    M - N entries with the smallest W_ij^2 / U_jj^2 of its *updated* weights; each column then passes
-    err = (w - q) / U_jj on: W[:, j:] -= err U[j, j:]. Updates beyond a chunk of 128 columns are applied at its end.
+    H = 2 mean x x^T + damping; U = upper Cholesky factor of H^-1. At each group of m columns, or for the other rules at
+    each chunk of 128, the entries with the largest W_ij^2 / U_jj^2 of the *updated* weights are kept; a chunk keeps its
+    share of the count. Each column then passes err = (w - q) / U_jj on: W[:, j:] -= err U[j, j:]. Updates beyond a chunk
+    are applied at its end. Inputs that are always zero lose their weights, whatever the rule.
     """
-    n, m = pattern
     H = 2 * stats.hessian
     dead = H.diagonal() == 0
     H = H + torch.diag(dead.to(H.dtype))
@@ -103,7 +164,8 @@ def sparsegpt(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Te
     U = inverse_cholesky(H, DAMPING)
     columns = W.T.contiguous()  # (d_in, d_out): a column of W is a contiguous row here
     d_in = len(columns)
-    chunk_size = max(LAZY_CHUNK // m, 1) * m
+    together = keep.m if isinstance(keep, PerGroup) else LAZY_CHUNK  # columns of one choice
+    chunk_size = max(LAZY_CHUNK // together, 1) * together
     for start in range(0, d_in, chunk_size):
         end = min(start + chunk_size, d_in)
         chunk = columns[start:end]  # a view
@@ -111,11 +173,12 @@ def sparsegpt(weight: Tensor, stats: LayerStats, pattern: tuple[int, int]) -> Te
         U_chunk = U[start:end, start:end]
         scale = U_chunk.diagonal().square()
         for j in range(end - start):
-            if j % m == 0:
-                scores = (chunk[j : j + m].square() / scale[j : j + m, None]).T
-                keep = mask_n_m(scores, n, m).T  # (m, d_out)
+            if j % together == 0:
+                scores = (chunk[j : j + together].square() / scale[j : j + together, None]).T
+                chosen = range(start + j, start + j + scores.shape[1])
+                kept = keep.within(chosen, d_in).mask(scores).T  # (columns of the choice, d_out)
             w = chunk[j]
-            q = w * keep[j % m]
+            q = w * kept[j % together]
             error = (w - q) / U_chunk[j, j]
             chunk[j + 1 :].addr_(U_chunk[j, j + 1 :], error, alpha=-1)
             chunk[j] = q

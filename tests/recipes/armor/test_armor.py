@@ -1,12 +1,12 @@
-"""The acceptance checks of ARMOR's sheet (section 9) that need no whole model; the numbers in names are the sheet's."""
+"""ARMOR on random matrices: the steps of its method, against definitions and brute force."""
 
 import itertools
 
 import pytest
 import torch
 
-from recipes.armor import (
-    Armor,
+from recipes.armor import Armor, wrapper_overhead
+from recipes.armor.factorisation import (
     block_diag_product,
     denormalise,
     gradients,
@@ -19,10 +19,9 @@ from recipes.armor import (
     refit,
     right,
     sparse_core_step,
-    wrapper_overhead,
 )
-from recipes.common.core.recipe import parse
-from recipes.common.parts.pruners import LayerStats, normalize, nowag
+from recipes.common.core.cli import parse
+from recipes.common.parts.pruners import LayerStats, PerGroup, normalize, nowag
 from zoo.errors import UserError
 from zoo.kernels.bitmask_linear.reference import unpack_bitmask
 
@@ -59,15 +58,17 @@ def randomise(f, seed=0):
     return f
 
 
-def test_1_init_is_nowag():
+def test_init_is_nowag():
     W, stats = problem()
     f, W_bar, d, r1, r2 = start(W, stats)
-    torch.testing.assert_close(block_diag_product(*denormalise(f, r1, r2)), nowag(W, stats, (2, 4)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        block_diag_product(*denormalise(f, r1, r2)), nowag(W, stats, PerGroup(2, 4)), atol=1e-6, rtol=0
+    )
     dropped = (W_bar.square() * d)[~f.M].sum() / (W_bar.square() * d).sum()
     torch.testing.assert_close(loss(f, W_bar, d), dropped)
 
 
-def test_2_block_one_is_stationary():
+def test_block_one_is_stationary():
     W, stats = problem()
     f, W_bar, d, *_ = start(W, stats, 1, 4)
     f.B = torch.ones(W.shape[1], 1, 1)  # b = 1 on both sides: scalars
@@ -77,7 +78,7 @@ def test_2_block_one_is_stationary():
     assert grad_A.abs().max() == 0 and grad_B.abs().max() == 0 and (grad_S * f.M).abs().max() == 0
 
 
-def test_3_identity_wrappers_cannot_improve_the_mask_but_random_ones_can():
+def test_identity_wrappers_cannot_improve_the_mask_but_random_ones_can():
     W, stats = problem()
     for wrappers, improves in ((False, False), (True, True)):
         f, W_bar, d, *_ = start(W, stats)
@@ -93,7 +94,7 @@ def test_3_identity_wrappers_cannot_improve_the_mask_but_random_ones_can():
         assert loss(f, W_bar, d) <= before * (1 + 1e-5)
 
 
-def test_4_sparse_core_step_is_the_exact_minimum():
+def test_sparse_core_step_is_the_exact_minimum():
     """Against lstsq over the 6 supports on the explicit design matrix; one call for all blocks equals one by one."""
     W, stats = problem()
     f, W_bar, d, *_ = start(W, stats)
@@ -127,7 +128,7 @@ def test_4_sparse_core_step_is_the_exact_minimum():
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
-def test_4_several_groups_at_once_equal_one_after_another(pattern):
+def test_several_groups_at_once_equal_one_after_another(pattern):
     W, stats = problem()
     several, W_bar, d, *_ = start(W, stats, n=pattern[0], m=pattern[1])
     randomise(several)
@@ -150,7 +151,7 @@ def test_4_several_groups_at_once_equal_one_after_another(pattern):
     assert not several.S[~several.M].any()
 
 
-def test_4_gradients_are_those_of_autograd():
+def test_gradients_are_those_of_autograd():
     W, stats = problem()
     f, W_bar, d, *_ = start(W, stats)
     randomise(f)
@@ -163,7 +164,7 @@ def test_4_gradients_are_those_of_autograd():
 
 
 @pytest.mark.parametrize("continuous", ["gd", "als"])
-def test_5_provable_modes_never_rise(continuous):
+def test_provable_modes_never_rise(continuous):
     W, stats = problem()
     f, W_bar, d, *_ = start(W, stats)
     previous = loss(f, W_bar, d)
@@ -177,7 +178,7 @@ def test_5_provable_modes_never_rise(continuous):
 
 
 @pytest.mark.parametrize("select", ["l1", "l2", "linf", "greedy", "uniform"])
-def test_5_best_iterate_is_returned(select):
+def test_best_iterate_is_returned(select):
     """A learning rate that diverges must still not end above its start, and a sane one must end well below."""
     W, stats = problem()
     for lr, bound in ((10.0, 1.0), (1e-2, 0.8)):
@@ -190,14 +191,14 @@ def test_5_best_iterate_is_returned(select):
         assert (group_view(f.M, f).sum(-1) == 2).all() and not f.S[~f.M].any()
 
 
-def test_5_zero_iterations_is_nowag():
+def test_zero_iterations_is_nowag():
     W, stats = problem()
     recipe = options(block="16", iters=0, refit="none", dtype="float32")
-    packed = recipe.compress("x", W, stats)["armor"]
-    torch.testing.assert_close(packed.dense, nowag(W, stats, (2, 4)), atol=1e-6, rtol=0)
+    packed = recipe.compress(None, 0, "x", W, stats)["armor"]
+    torch.testing.assert_close(packed.dense, nowag(W, stats, PerGroup(2, 4)), atol=1e-6, rtol=0)
 
 
-def test_6_gains_grow_with_the_block_and_need_both_steps():
+def test_gains_grow_with_the_block_and_need_both_steps():
     W, stats = problem(64, 128)
     finals = {}
     for b in (4, 16, 64):
@@ -207,7 +208,7 @@ def test_6_gains_grow_with_the_block_and_need_both_steps():
     assert finals[64] < 0.45 * first
 
 
-def test_7_overhead_of_the_papers_models():
+def test_overhead_of_the_papers_models():
     """Qwen2.5: (hidden, ffn, kv width) of 7B, 14B, 32B, 72B; the paper prints +4.95, 4.17, 3.44 and 2.4 %."""
     for hidden, ffn, kv, expected in (
         (3584, 18944, 512, 4.95),
@@ -220,17 +221,17 @@ def test_7_overhead_of_the_papers_models():
         assert 100 * extra / sum(o * i for o, i in shapes) == pytest.approx(expected, abs=0.005)
 
 
-def test_8_packed_tensors_give_the_dense_weight_back():
+def test_packed_tensors_give_the_dense_weight_back():
     W, stats = problem()
     recipe = options(block="16", iters=20, dtype="float32")
-    variant = recipe.compress("x", W, stats)["armor"]
+    variant = recipe.compress(None, 0, "x", W, stats)["armor"]
     t = variant.tensors
     S = unpack_bitmask(t["core_values"], t["core_mask"], W.shape[1])
     assert (S.view(32, 12, 4).ne(0).sum(-1) <= 2).all()
     torch.testing.assert_close(block_diag_product(t["wrap_out"], S, t["wrap_in"]), variant.dense, atol=1e-5, rtol=1e-4)
 
 
-def test_10_refit_lowers_the_output_error_each_time():
+def test_refit_lowers_the_output_error_each_time():
     W, stats = problem(64, 128)
     f, W_bar, d, r1, r2 = start(W, stats)
     optimise(f, W_bar, d, options(iters=50), torch.Generator().manual_seed(0))
@@ -265,12 +266,12 @@ def test_rebalance_moves_powers_of_two_only():
     assert torch.equal(block_diag_product(A2, S2, B2), block_diag_product(A, S, B))
 
 
-def test_12_same_seed_same_bits():
+def test_same_seed_same_bits():
     W, stats = problem()
     recipe = options(block="16", iters=30)
-    once, again = (recipe.compress("layer", W, stats)["armor"] for _ in range(2))
+    once, again = (recipe.compress(None, 0, "layer", W, stats)["armor"] for _ in range(2))
     assert all(torch.equal(once.tensors[k], again.tensors[k]) for k in once.tensors)
-    other = recipe.compress("another layer", W, stats)["armor"]
+    other = recipe.compress(None, 0, "another layer", W, stats)["armor"]
     assert not torch.equal(once.dense, other.dense)
 
 

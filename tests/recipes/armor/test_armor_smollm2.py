@@ -1,14 +1,15 @@
-"""ARMOR's acceptance checks on a real layer: SmolLM2's q_proj of block 10, and errors on text that nothing was fitted to."""
+"""ARMOR on a real layer: SmolLM2's q_proj of block 10, and errors on text that nothing was fitted to."""
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from recipes.armor import Armor, init_nowag, optimise
+from recipes.armor import Armor
+from recipes.armor.factorisation import init_nowag, optimise
 from recipes.common.data.base_models import resolve_model
 from recipes.common.data.texts import calibration_windows, load_text
 from recipes.common.loops.streaming import InputStatistics, StreamedModel, output_error, run_block
-from recipes.common.parts.pruners import normalize, nowag, rank_correction, sparsegpt, wanda
+from recipes.common.parts.pruners import PerGroup, normalize, nowag, rank_correction, sparsegpt, wanda
 
 BLOCK = 10
 
@@ -41,7 +42,7 @@ def proxy_losses(weight, stats, b, **flags):
     return optimise(factors, W_bar, stats.second_moment, recipe, torch.Generator().manual_seed(0))
 
 
-def test_6_the_proxy_loss_falls_as_far_as_it_should(layer, monkeypatch):
+def test_the_proxy_loss_falls_as_far_as_it_should(layer, monkeypatch):
     weight, stats, _ = layer
     ratio = {}
     for b in (16, 32, 64):
@@ -50,24 +51,24 @@ def test_6_the_proxy_loss_falls_as_far_as_it_should(layer, monkeypatch):
     assert ratio[64] <= 0.45 and ratio[16] <= 0.70
     assert ratio[64] < ratio[32] < ratio[16]
     nothing = lambda f, E, P, d, picks: torch.zeros_like(f.M)  # noqa: E731  (no sparse-core step: continuous only)
-    monkeypatch.setattr("recipes.armor.sparse_core_step", nothing)
+    monkeypatch.setattr("recipes.armor.factorisation.sparse_core_step", nothing)
     first, final = proxy_losses(weight, stats, 64)
     assert final / first > ratio[64]
 
 
-def test_11_held_out_errors_are_in_the_order_of_the_sheet(layer):
+def test_held_out_errors_fall_with_larger_blocks_and_the_refit(layer):
     weight, stats, held_out = layer
 
     def error(compressed):
         return output_error(weight, compressed, held_out)
 
-    found = {name: error(prune(weight, stats, (2, 4))) for name, prune in (("wanda", wanda), ("nowag", nowag))}
-    pruned = sparsegpt(weight, stats, (2, 4))
+    found = {name: error(prune(weight, stats, PerGroup(2, 4))) for name, prune in (("wanda", wanda), ("nowag", nowag))}
+    pruned = sparsegpt(weight, stats, PerGroup(2, 4))
     found |= {"sparsegpt": error(pruned), "rank": error(rank_correction(weight, pruned, stats, 64))}
     for b in (16, 32, 64):
         recipe = Armor(block=str(b), iters=300, dtype="float32")
         recipe.check()
-        variants = recipe.compress("q_proj", weight, stats)
+        variants = recipe.compress(None, 0, "q_proj", weight, stats)
         found[b], found[f"{b}+refit"] = error(variants["armor-no-refit"].dense), error(variants["armor"].dense)
         assert found[f"{b}+refit"] < found[b]
     assert 0.8 < found["nowag"] / found["wanda"] < 1.25

@@ -16,7 +16,7 @@ from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo  # noqa: F401
-from recipes.common.core.recipe import main
+from recipes.common.core.cli import main
 from recipes.kvtuner.retrieving import hidden_codes, retrieval
 from recipes.kvtuner.simulation import (
     first_divergence,
@@ -71,7 +71,7 @@ def test_rounding_is_that_of_the_cache(model):
 
 
 def test_keys_by_channel_never_mix_channels():
-    """A channel of outliers costs its neighbours nothing, whatever the number of tokens (section 7)."""
+    """A channel of outliers costs its neighbours nothing, whatever the number of tokens."""
     k = torch.randn(1, 1, 77, 32, generator=torch.Generator().manual_seed(0))
     calm = round_keys(k, 4, KIVI)
     k[..., 5] *= 1000
@@ -241,6 +241,32 @@ def finished(base, tmp_path_factory):
     return output, run_here(base, output)
 
 
+def cache_of(report):
+    """What a report says of the caches, from its tables, figures, footprint and settings."""
+    lines = {line["name"]: line for line in report["figures"]["cache_front"]["panels"][0]["series"]}
+    points = {name: list(zip(line["x"], line.get("y", line["x"]), strict=True)) for name, line in lines.items()}
+    table = [[cell.strip("*") for cell in row] for row in report["tables"]["KV cache"]["rows"]]
+    taken = report["footprint"]["models"]
+    return {
+        **report["settings"]["kv_cache_quantization"],
+        "searched": [{"bits": bits, "loss": loss} for bits, loss in points["evaluated"]],
+        "uniform": {
+            name: {"bits": bits, "loss": loss}
+            for name, (bits, loss) in zip(lines["uniform"]["notes"], points["uniform"], strict=True)
+        },
+        "dense_bytes_per_token": report["footprint"]["dense"],
+        "models": {
+            name: {
+                "equivalent_bits": float(bits),
+                "effective_bits": float(all_bits),
+                "bytes_per_token": taken[name],
+                "kl": float(kl),
+            }
+            for name, bits, all_bits, _, _, kl in table[1:]
+        },
+    }
+
+
 def verdict(capsys, *arguments):
     """(exit code, what is printed) of `verify`."""
     capsys.readouterr()
@@ -255,21 +281,21 @@ def verdict(capsys, *arguments):
 def test_end_to_end(base, finished, capsys):
     output, report = finished
     table = json.loads((output / "config.json").read_text())["kv_cache_quantization"]
-    assert table["layers"] == report["cache"]["layers"] and table["equivalent_bits"] <= 4
+    assert table["layers"] == cache_of(report)["layers"] and table["equivalent_bits"] <= 4
     assert {"KV8", "KV4", "kivi-4", "ladder", "reversed", "depth", "random", "knapsack"} <= set(report["baselines"])
-    bits = {point["bits"]: point["loss"] for point in report["cache"]["searched"]}
+    bits = {point["bits"]: point["loss"] for point in cache_of(report)["searched"]}
     within = min(loss for b, loss in bits.items() if b <= 4)
-    uniform = report["cache"]["uniform"]["KV4"]
+    uniform = cache_of(report)["uniform"]["KV4"]
     assert within <= uniform["loss"]
-    assert table["search"]["evals"] == len(report["cache"]["searched"]) <= 24
+    assert table["search"]["evals"] == len(cache_of(report)["searched"]) <= 24
     assert report["size"]["compressed_bytes"] == report["size"]["dense_bytes"]
     assert read_table(str(next(output.glob("kv_table_4_0.yaml"))))[1] == tuple(map(tuple, table["layers"]))
-    assert 0 < report["cache"]["seconds"] < report["cost"]["seconds"]
+    assert f"{table['search']['evals']} tables were evaluated in" in report["tables"]["Sensitivity of the layers"]["caption"]
     dense_bytes = 4 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head size, 16 bits
-    assert report["cache"]["dense_bytes_per_token"] == dense_bytes
+    assert cache_of(report)["dense_bytes_per_token"] == dense_bytes
     own = sum(sum(pair) * 32 // 8 + 8 for pair in table["layers"]) * 2  # two scales and minima in fp16
-    assert report["cache"]["models"]["kvtuner"]["bytes_per_token"] == own
-    assert report["cache"]["models"]["KV4"]["bytes_per_token"] == 4 * 2 * (2 * 16 + 8)
+    assert cache_of(report)["models"]["kvtuner"]["bytes_per_token"] == own
+    assert cache_of(report)["models"]["KV4"]["bytes_per_token"] == 4 * 2 * (2 * 16 + 8)
     card = (output / "README.md").read_text()
     assert (
         f"| **kvtuner** | **{table['equivalent_bits']:.2f}** | **{table['effective_bits']:.2f}** | **{own:,}** |"
@@ -291,7 +317,7 @@ def test_end_to_end(base, finished, capsys):
     out = model.generate(IDS[:, :8], max_new_tokens=4, return_dict_in_generate=True)
     assert [[layer.key_bits, layer.value_bits] for layer in out[CACHE].layers] == table["layers"]
     assert out[CACHE].nbytes / 3 / 11 == pytest.approx(
-        report["cache"]["models"]["kvtuner"]["bytes_per_token"], rel=0.01
+        cache_of(report)["models"]["kvtuner"]["bytes_per_token"], rel=0.01
     )
 
 
@@ -330,7 +356,7 @@ def test_killed_and_resumed_gives_the_same_table(base, finished, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     first, again = (json.loads((folder / "report.json").read_text()) for folder in (finished[0], output))
     for key in ("layers", "searched", "models"):
-        assert first["cache"][key] == again["cache"][key], key
+        assert cache_of(first)[key] == cache_of(again)[key], key
     assert first["compressed"] == again["compressed"]
 
 
@@ -340,8 +366,8 @@ def test_two_processes_find_the_same_table(base, finished, tmp_path):
     assert "2 processes share the work" in process.stdout
     first, again = (json.loads((folder / "report.json").read_text()) for folder in (finished[0], tmp_path / "kv"))
     assert (
-        first["cache"]["layers"] == again["cache"]["layers"]
-        and first["cache"]["searched"] == again["cache"]["searched"]
+        cache_of(first)["layers"] == cache_of(again)["layers"]
+        and cache_of(first)["searched"] == cache_of(again)["searched"]
     )
 
 
@@ -365,10 +391,9 @@ def test_kivi_with_every_measurement_and_without_its_shortcuts(long_base, tmp_pa
     form = {key: config[key] for key in ("mode", "group_size", "residual_length", "prefill")}
     assert form == {"mode": "kivi", "group_size": 16, "residual_length": 32, "prefill": "quantized"}
     assert config["equivalent_bits"] <= 5 and config["effective_bits"] == config["equivalent_bits"] + 2
-    assert [group["layers"] for group in report["cache"]["groups"]] == [[0], [1], [2]]
-    assert all(len(group["candidates"]) == 9 for group in report["cache"]["groups"])
+    assert "Layers that share a pair: 0; 1; 2." in report["tables"]["Sensitivity of the layers"]["caption"]
     assert set(report["baselines"]) == {"KV4", "per-token-4", "knapsack", "random", "unclustered"}
-    models = report["cache"]["models"]
+    models = cache_of(report)["models"]
     assert models["per-token-4"]["effective_bits"] == 5 and models["KV4"]["effective_bits"] == 6
     assert models["random"]["kl"] > 0 and report["baselines"]["random"]["perplexity/A"]["n_of"] == "runs"
     keys = {"perplexity/A", "perplexity/B", "perplexity/C", "retrieval/squad-dev", "perplexity/squad-dev"}
@@ -378,6 +403,8 @@ def test_kivi_with_every_measurement_and_without_its_shortcuts(long_base, tmp_pa
     cache = model.generate(IDS, max_new_tokens=4, return_dict_in_generate=True)[CACHE]
     assert cache.form.group_size == 16 and cache.layers[0].stores[0].units == 2  # 32 of 43 tokens, in blocks of 16
     shown = capsys.readouterr().out
+    kept = [line.split("  ")[-1].split() for line in shown.splitlines() if line.startswith("layer ")]
+    assert len(kept) == 6 and all(len(pairs) == 9 for pairs in kept)  # of three layers and two seeds, no pair is pruned
     assert f"KV cache: {models['kvtuner']['bytes_per_token']:,} of 768 bytes a token" in shown
 
 
@@ -386,12 +413,12 @@ def test_a_given_table_is_measured_instead_of_searched(base, tmp_path):
     (tmp_path / "table.json").write_text(json.dumps(table))
     report = run_here(base, tmp_path / "kv", "--baselines", "KV4", load_table=tmp_path / "table.json", max_bits=6.75)
     config = json.loads((tmp_path / "kv" / "config.json").read_text())["kv_cache_quantization"]
-    assert config["layers"] == report["cache"]["layers"] == table["layers"] and config["equivalent_bits"] == 6.75
-    assert len(report["cache"]["searched"]) == 10  # it and the nine uniform ones
+    assert config["layers"] == cache_of(report)["layers"] == table["layers"] and config["equivalent_bits"] == 6.75
+    assert len(cache_of(report)["searched"]) == 10  # it and the nine uniform ones
     assert "not searched but given" in (tmp_path / "kv" / "README.md").read_text()
 
 
-def test_a_head_size_that_kivi_cannot_take_leaves_those_rivals_out(tmp_path_factory, tmp_path):
+def test_a_head_size_that_kivi_cannot_take_leaves_those_baselines_out(tmp_path_factory, tmp_path):
     folder = tmp_path_factory.mktemp("narrow")
     (folder / "calibration.txt").write_text(WORDS * 60)
     base = make_base(folder / "model", "llama")  # heads of 16

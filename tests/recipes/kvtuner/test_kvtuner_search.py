@@ -1,5 +1,4 @@
-"""KVTuner without a model: tables, pruning, clustering, NSGA-II, the rivals, and results kept on file (section 9 of its
-sheet: 9 and 11)."""
+"""KVTuner without a model: tables, pruning, clustering, NSGA-II, the baselines, and results kept on file."""
 
 import itertools
 import json
@@ -12,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.common.core.recipe import World
+from recipes.common.core.state import World
 from recipes.kvtuner import genetic as nsga2_module
 from recipes.kvtuner import searching as kv_search
 from recipes.kvtuner.allocation import (
@@ -27,7 +26,7 @@ from recipes.kvtuner.allocation import (
     table_of,
     uniform_genome,
 )
-from recipes.kvtuner.baselines import isolated_knapsack, rival_tables
+from recipes.kvtuner.baselines import baseline_tables, isolated_knapsack
 from recipes.kvtuner.genetic import constrained_dominates, crowding, hypervolume, nsga2, pareto_front, rank
 from recipes.kvtuner.searching import Evaluations, best, held_out_scores, search
 from recipes.kvtuner.tables import (
@@ -51,7 +50,7 @@ PER_TOKEN, KIVI = FORMATS["per_token"], FORMATS["kivi"]
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_11_published_tables_have_the_bits_on_their_labels():
+def test_published_tables_have_the_bits_on_their_labels():
     known = presets()
     assert len(known) >= 6
     for name, preset in known.items():
@@ -60,7 +59,7 @@ def test_11_published_tables_have_the_bits_on_their_labels():
         assert read_table(name) == (preset["mode"], preset["layers"])
 
 
-def test_11_tables_go_through_the_official_form_and_ours(tmp_path):
+def test_tables_go_through_the_official_form_and_ours(tmp_path):
     table = ((8, 4), (4, 2), (2, 2), (16, 16))
     (tmp_path / "official.yaml").write_text(official_yaml(table))
     assert read_table(str(tmp_path / "official.yaml")) == (None, table)
@@ -74,7 +73,7 @@ def test_11_tables_go_through_the_official_form_and_ours(tmp_path):
         "form",
         "table",
         "expected",
-    ),  # section 4: bytes a token of Llama-3.1-8B (8 KV heads of 128, 32 layers) and SmolLM2
+    ),  # bytes a token of Llama-3.1-8B (8 KV heads of 128, 32 layers) and SmolLM2
     [
         (PER_TOKEN, ((16, 16),) * 32, 131072),
         (PER_TOKEN, ((8, 8),) * 32, 67584),
@@ -172,7 +171,7 @@ def test_layers_far_from_all_others_stay_alone():
     assert [g.layers for g in cluster(errors, candidates, 0.01, 2, 8)] == [(0, 1), (2,)]
 
 
-# ---------------------------------------------------------------------------------------------------- search and rivals
+# ---------------------------------------------------------------------------------------------------- search and baselines
 
 
 @given(
@@ -236,14 +235,14 @@ GROUPS = [Group((i, i + 6), ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))) for i in r
 SEARCH = {"menu": PAIRS, "max_bits": 4.0, "evals": 150, "population": 20}
 
 
-def test_9_the_same_seed_gives_the_same_search():
+def test_the_same_seed_gives_the_same_search():
     errors = random_errors(12, 0)
     first, again, other = (search(GROUPS, errors, additive(GROUPS, 1), **SEARCH, seed=seed) for seed in (0, 0, 1))
     assert list(first.items()) == list(again.items()) and list(first) != list(other)
     assert len(first) <= 150
 
 
-def test_9_the_front_covers_every_uniform_table_and_beats_the_same_number_of_random_ones():
+def test_the_front_covers_every_uniform_table_and_beats_the_same_number_of_random_ones():
     errors = random_errors(12, 0)
     evaluate = additive(GROUPS, 1)
     archive = search(GROUPS, errors, evaluate, **SEARCH, seed=0)
@@ -265,7 +264,7 @@ def test_9_the_front_covers_every_uniform_table_and_beats_the_same_number_of_ran
     assert hypervolume(list(archive.values()), corner) > hypervolume(drawn, corner)
 
 
-def test_9_pruning_and_grouping_pay_at_a_small_budget():
+def test_pruning_and_grouping_pay_at_a_small_budget():
     """Hypervolume of 60 evaluations, with both against every pair for every layer alone; mean of three seeds."""
     errors = random_errors(24, 3)
 
@@ -414,8 +413,8 @@ def test_the_ladder_takes_the_best_pair_of_each_number_of_bits():
     assert steps[0] == steps[1] and len(steps[0]) == 21
 
 
-def test_the_knapsack_rival_uses_all_the_bits_it_has():
-    """11 layers, 60 bits in all: a mean that is no exact fraction may not cost the rival a bit."""
+def test_the_knapsack_baseline_uses_all_the_bits_it_has():
+    """11 layers, 60 bits in all: a mean that is no exact fraction may not cost the baseline a bit."""
     menu, errors = ((4, 4), (2, 2)), random_errors(11, 5)
 
     def evaluate(tables):
@@ -429,12 +428,12 @@ def test_the_knapsack_rival_uses_all_the_bits_it_has():
     assert sum(map(sum, found)) == 60 and evaluate([found])[0][0] == min(loss for loss, _ in evaluate(allowed))
 
 
-def test_the_rivals_have_the_bits_of_the_table():
+def test_the_baselines_have_the_bits_of_the_table():
     errors = random_errors(12, 4)
     candidates = [pareto_pairs(row) for row in errors]
     table = random_table(candidates, 4.5, 0)
     evaluate = additive(singles(candidates), 2)
-    rivals = rival_tables(
+    baselines = baseline_tables(
         ["KV4", "kivi-2", "ladder", "reversed", "random", "knapsack", "depth", "unclustered"],
         table,
         errors,
@@ -445,13 +444,13 @@ def test_the_rivals_have_the_bits_of_the_table():
         seed=0,
         unclustered=lambda alone: table_of((0,) * len(alone), alone),
     )
-    assert rivals["KV4"] == [(((4, 4),) * 12, PER_TOKEN)] and rivals["kivi-2"] == [(((2, 2),) * 12, KIVI)]
-    assert rivals["unclustered"][0][0] == tuple(kept[0] for kept in candidates)
-    assert len({found for found, _ in rivals["random"]}) == 5
+    assert baselines["KV4"] == [(((4, 4),) * 12, PER_TOKEN)] and baselines["kivi-2"] == [(((2, 2),) * 12, KIVI)]
+    assert baselines["unclustered"][0][0] == tuple(kept[0] for kept in candidates)
+    assert len({found for found, _ in baselines["random"]}) == 5
     for name in ("ladder", "reversed", "random", "knapsack", "depth"):
-        bits = [equivalent_bits(found) for found, _ in rivals[name]]
+        bits = [equivalent_bits(found) for found, _ in baselines[name]]
         assert all(equivalent_bits(table) - 1.1 <= b <= equivalent_bits(table) + 0.1 for b in bits), (name, bits)
-    losses = {name: evaluate([rivals[name][0][0]])[0][0] for name in ("knapsack", "ladder", "reversed")}
+    losses = {name: evaluate([baselines[name][0][0]])[0][0] for name in ("knapsack", "ladder", "reversed")}
     assert losses["knapsack"] <= losses["ladder"] < losses["reversed"]
 
 

@@ -1,4 +1,4 @@
-"""Checks 6 to 8 of KVTuner's sheet on SmolLM2: errors and ladder from calibration text, quality on held-out text."""
+"""KVTuner on SmolLM2: errors and ladder from calibration text, quality on held-out text."""
 
 import math
 import statistics
@@ -51,7 +51,7 @@ def mean(errors, pair):
     return statistics.fmean(row[pair] for row in errors)
 
 
-def test_6_keys_matter_more_than_values(smollm2):
+def test_keys_matter_more_than_values(smollm2):
     _, errors, _ = smollm2
     per_token = errors["per_token"]
     assert mean(per_token, (4, 2)) <= 0.6 * mean(per_token, (2, 4))
@@ -64,7 +64,7 @@ def test_6_keys_matter_more_than_values(smollm2):
     assert all(mean(errors["kivi"], pair) < mean(per_token, pair) for pair in PAIRS)
 
 
-def test_7_the_order_of_uniform_tables(smollm2, quality):
+def test_the_order_of_uniform_tables(smollm2, quality):
     model, _, windows = smollm2
     dense = perplexity(model, windows)["value"]
     uniform = {pair: ((pair,) * LAYERS) for pair in PAIRS}
@@ -75,7 +75,7 @@ def test_7_the_order_of_uniform_tables(smollm2, quality):
     assert quality(uniform[4, 4], KIVI) < quality(uniform[4, 4])
 
 
-def test_8_sensitivity_tells_which_layers_to_demote(smollm2, quality):
+def test_sensitivity_tells_which_layers_to_demote(smollm2, quality):
     """From K8V4, half the layers to K4V2: the least sensitive ones, random ones, the most sensitive ones."""
     _, errors, _ = smollm2
     rise = [row[4, 2] - row[8, 4] for row in errors["per_token"]]

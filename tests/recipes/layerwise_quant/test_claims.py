@@ -35,13 +35,13 @@ def seen(table):
     return {row[0][:3]: row[2] for row in table["rows"]}
 
 
-def rivals(**values):
+def baselines(**values):
     return {name: {"perplexity/A": metric(value)} for name, value in values.items()}
 
 
 def test_claims_that_hold():
     curves = {"lim": curve(10, 10.5, 12, 20), "random": curve(10, 14, 17, 20, spread=0.5)}
-    table = claims_table(curves, "lim", curves["lim"][2]["metrics"], rivals(dropped=13, pruned=40), "gptq")
+    table = claims_table(curves, "lim", curves["lim"][2]["metrics"], baselines(dropped=13, pruned=40), "gptq")
     assert seen(table) == {"(a)": "yes", "(b)": "yes", "(c)": "yes", "(d)": "not judged"}
     measured = {row[0][:3]: row[1] for row in table["rows"]}
     assert measured["(a)"] == "lim 44 %, random 8 %"
@@ -52,9 +52,9 @@ def test_claims_that_hold():
 
 def test_claims_that_do_not():
     curves = {"lim": curve(10, 13, 15, 20), "random": curve(10, 12, 15.5, 20, spread=0.5)}
-    table = claims_table(curves, "lim", curves["lim"][2]["metrics"], rivals(dropped=14, pruned=40), "gptq")
+    table = claims_table(curves, "lim", curves["lim"][2]["metrics"], baselines(dropped=14, pruned=40), "gptq")
     assert seen(table) == {"(a)": "no", "(b)": "no", "(c)": "against pruned only", "(d)": "not judged"}
-    assert seen(claims_table(curves, "lim", curves["lim"][2]["metrics"], rivals(dropped=14), "rtn"))["(c)"] == "no"
+    assert seen(claims_table(curves, "lim", curves["lim"][2]["metrics"], baselines(dropped=14), "rtn"))["(c)"] == "no"
 
 
 def test_claims_in_part():

@@ -1,5 +1,6 @@
 """AWQ as a backend: its scales live in the checkpoint, in norms and in rows of v and up, and change only the rounding."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,41 +10,51 @@ from tiny_models import make_base
 from transformers import AutoModelForCausalLM
 
 import zoo  # noqa: F401
-from recipes.common.core.recipe import parse
-from recipes.common.export.engines import export_dense
-from recipes.common.loops.streaming import MatrixStore, StreamedModel, compress_blocks
+from recipes.common.core.cli import parse
+from recipes.common.core.state import World
+from recipes.common.export.dense import export_dense
+from recipes.common.loops.streaming import StreamedModel, compress_blocks
 from recipes.common.parts.pruners import LayerStats
 from recipes.layerwise_quant.folding import folds_of
+from recipes.layerwise_quant.mixtures import QuantRun
 from recipes.layerwise_quant.quantizers import awq, awq_scales, output_loss, rtn
 from zoo.checkpoint import write_checkpoint
 
+METHOD = "layerwise-quant"
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0))
 BIASED = {"attention_bias": True, "mlp_bias": True}
 
 
+def write_plan(path, bits):
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"seed": 0, "scores": {}, "stability": 1.0, "bits": bits}))
+
+
 def quantised(folder, family, dtype="float32", flags=(), **settings):
-    """(base, recipe, its matrices, their store) with AWQ at 4 bits in block 0 and 3 in block 1, and the checkpoint."""
+    """(base, run, store of its matrices) with AWQ at 4 bits in block 0 and 3 in block 1, and the checkpoint."""
     base = make_base(folder / "base", family, **settings)
     tensors = load_file(base / "model.safetensors")
     for name, tensor in tensors.items():  # a few inputs of every linear are far larger than the rest
         if name.endswith(("layernorm.weight", "v_proj.weight", "up_proj.weight")):
             tensor[::7] *= 8
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--model", str(base), "--output", str(folder / "out"), *flags]
     recipe = parse("layerwise-quant", ["--backend", "awq", "--group_size", "32", "--dtype", dtype, *flags])
     recipe.check()
-    streamed, recipe.bits = StreamedModel(base), {0: 4, 1: 3}
-    modules, store = recipe.modules(streamed), MatrixStore(folder / "store")
-    compress_blocks(streamed, IDS, recipe.methods()[:1], store, ignore=recipe.ignore)
-    specs = {name: store.facts(recipe.method, name)[recipe.method]["spec"] for name in modules}
+    run = QuantRun(recipe, recipe.domain(), World())
+    store = run.store(0)
+    write_plan(run.plan_path(0), {0: 4, 1: 3})
+    compress_blocks(run.streamed, IDS, recipe.methods(run, 0)[:1], store, ignore=recipe.ignored)
+    specs = {name: store.facts(recipe.method, name)[recipe.method]["spec"] for name in run.modules}
     write_checkpoint(
         folder / "packed",
         base=base,
         compression={"method": "layerwise-quant", "format_version": 1, "modules": specs},
-        tensors=recipe.packed_tensors(modules, store),
+        tensors=recipe.packed_tensors(run, 0),
         dtype=getattr(torch, dtype),
         extra_files={},
     )
-    return base, recipe, modules, store
+    return base, run, store
 
 
 def logits(folder_or_model):
@@ -58,14 +69,14 @@ def logits(folder_or_model):
     ("family", "settings"), [("llama", {}), ("llama", BIASED), ("qwen2", {}), ("gemma3_text", {})], ids=str
 )
 def test_the_checkpoint_computes_scaled_quantised_unscaled_weights(tmp_path, family, settings):
-    base, recipe, modules, store = quantised(tmp_path, family, **settings)
+    base, run, store = quantised(tmp_path, family, **settings)
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
-    for name in modules:
-        folded = store.folded(recipe.method, name, recipe.method)
+    for name in run.modules:
+        folded = store.folded(METHOD, name, METHOD)
         stored = packed.get_submodule(name).dense_weight()
         weight = stored * folded["rows"][:, None] / folded["columns"]
-        torch.testing.assert_close(weight, store.weight(recipe.method, name, recipe.method))
+        torch.testing.assert_close(weight, store.weight(METHOD, name, METHOD))
         original = dense.get_submodule(name).weight.data
         assert 0 < (weight - original).norm() / original.norm() < 0.6
         original.copy_(weight)
@@ -76,11 +87,11 @@ def test_the_checkpoint_computes_scaled_quantised_unscaled_weights(tmp_path, fam
 
 
 def test_who_shares_scales_and_who_takes_their_inverse(tmp_path):
-    base, recipe, modules, store = quantised(tmp_path, "qwen2")
+    base, run, store = quantised(tmp_path, "qwen2")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
     for i in (0, 1):
         layer = f"model.layers.{i}"
-        folded = lambda name, layer=layer: store.folded(recipe.method, f"{layer}.{name}", recipe.method)  # noqa: E731
+        folded = lambda name, layer=layer: store.folded(METHOD, f"{layer}.{name}", METHOD)  # noqa: E731
         q, k, v, o = (folded(f"self_attn.{part}_proj") for part in "qkvo")
         gate, up, down = (folded(f"mlp.{part}_proj") for part in ("gate", "up", "down"))
         for part in (q, gate, down, o):
@@ -103,26 +114,24 @@ def test_who_shares_scales_and_who_takes_their_inverse(tmp_path):
 @pytest.mark.parametrize(("family", "offset"), [("llama", 0), ("gemma3_text", 1)])
 def test_a_rounded_norm_makes_up_for_the_scales_exactly(tmp_path, family, offset):
     """In bfloat16 the scales follow the rounded norm, not the other way round."""
-    base, recipe, _, store = quantised(tmp_path, family, dtype="bfloat16")
+    base, _, store = quantised(tmp_path, family, dtype="bfloat16")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
     name = "model.layers.1.input_layernorm.weight"
-    columns = store.folded(recipe.method, "model.layers.1.self_attn.k_proj", recipe.method)["columns"]
+    columns = store.folded(METHOD, "model.layers.1.self_attn.k_proj", METHOD)["columns"]
     assert after[name].dtype == torch.bfloat16
     torch.testing.assert_close((offset + after[name].float()) * columns, offset + before[name], rtol=1e-6, atol=1e-6)
 
 
 def test_only_what_is_packed_whole_is_scaled(tmp_path):
     """k stays dense, so the norm before q, k and v stays as it is; without v, o's inputs stay too."""
-    base, recipe, modules, store = quantised(
-        tmp_path, "llama", flags=["--ignore", "lm_head", "0.self_attn.k_", "1.self_attn.v_"]
-    )
-    assert {fold.source.partition("layers.")[2] for block in recipe.folds.values() for fold in block} == {
+    base, run, store = quantised(tmp_path, "llama", flags=["--ignore", "lm_head", "0.self_attn.k_", "1.self_attn.v_"])
+    assert {fold.source.partition("layers.")[2] for block in run.folds.values() for fold in block} == {
         "0.self_attn.v_proj",
         *(f"{i}.{name}" for i in (0, 1) for name in ("post_attention_layernorm", "mlp.up_proj")),
     }
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for name in modules:
-        dense.get_submodule(name).weight.data.copy_(store.weight(recipe.method, name, recipe.method))
+    for name in run.modules:
+        dense.get_submodule(name).weight.data.copy_(store.weight(METHOD, name, METHOD))
     torch.testing.assert_close(logits(tmp_path / "packed"), logits(dense), atol=1e-4, rtol=1e-4)
 
 

@@ -1,5 +1,5 @@
-"""The acceptance checks of the layer-wise quantisation sheet (section 9): scores, plans, mixtures, and the whole command
-on a tiny model; the paper's claims on SmolLM2 are in test_layerwise_quant_smollm2.py."""
+"""Layer-wise quantisation: scores, plans, mixtures, and the whole command on a tiny model; the paper's claims on SmolLM2
+are in test_layerwise_quant_smollm2.py."""
 
 import hashlib
 import json
@@ -14,19 +14,18 @@ import time
 import pytest
 import torch
 from tiny_models import make_base
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import zoo  # noqa: F401
-from recipes.common.core.recipe import main, parse
-from recipes.common.data.texts import load_text
-from recipes.common.loops.streamed import held_out_windows, measure_model
+from recipes.common.core.cli import main, parse
+from recipes.common.domains.language import Language
 from recipes.common.loops.streaming import InputStatistics, MatrixStore, Method, StreamedModel, Variant, compress_blocks
-from recipes.common.metrics.language import over_runs
-from recipes.layerwise_quant import LayerwiseQuant
+from recipes.common.metrics.metric import over_runs
 from recipes.layerwise_quant.importance import block_damage, kendall_tau, least_first, lim, score_block, zd
-from recipes.layerwise_quant.plans import cut_plans, parse_levels, plan_bits, step_down
+from recipes.layerwise_quant.plans import cut_plans, order_blocks, parse_levels, plan_bits, step_down
 from recipes.layerwise_quant.quantizers import rtn
 from zoo.errors import UserError
+from zoo.record.format import metric_title
 from zoo.record.verify import verify
 
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -39,7 +38,7 @@ def normal(*shape, seed=0):
 # ------------------------------------------------------------------------------------------------------------ scores
 
 
-def test_1_lim_of_known_layers():
+def test_lim_of_known_layers():
     x = normal(3, 7, 16)
     assert lim(x, x).tolist() == pytest.approx([-1] * 3, abs=1e-6)
     assert lim(x, -x).tolist() == pytest.approx([1] * 3, abs=1e-6)
@@ -53,7 +52,7 @@ def test_1_lim_of_known_layers():
     assert (lim(x, first) > lim(x, y)).all()
 
 
-def test_1_lim_in_the_loop_is_that_of_hooks_in_double(tmp_path):
+def test_lim_in_the_loop_is_that_of_hooks_in_double(tmp_path):
     """…and of the last block it is not what hidden_states[-1] would give, since that is after the final norm."""
     base = make_base(tmp_path / "base", "llama", num_hidden_layers=3)
     method = Method("none", lambda name, weight, stats: {"none": Variant({}, None, weight)})
@@ -89,7 +88,7 @@ class StreamedLinears(list):
         super().__init__(m for m in model.model.layers[index].modules() if isinstance(m, torch.nn.Linear))
 
 
-def test_2_zd_of_known_distributions():
+def test_zd_of_known_distributions():
     weights = [normal(400, 500), normal(300, 500, seed=1)]
     assert zd(weights) == pytest.approx(0.1587, abs=0.002)
     assert zd(weights, two_sided=True) == pytest.approx(0.3173, abs=0.003)
@@ -126,7 +125,7 @@ def test_block_damage_is_the_divergence_of_one_swapped_block(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- plans
 
 
-def test_3_the_plan_of_llama_2_13b():
+def test_the_plan_of_llama_2_13b():
     scores = dict(enumerate((normal(40) - 1).tolist()))
     order = least_first(scores)
     bits = plan_bits(order, dict.fromkeys(range(40), 317_000_000), 3.5, 4, 2)
@@ -135,7 +134,7 @@ def test_3_the_plan_of_llama_2_13b():
 
 
 @pytest.mark.parametrize("average", [2.0, 2.4, 2.85, 3.1, 3.5, 3.99, 4.0])
-def test_3_any_average_is_met_from_below_within_a_block(average):
+def test_any_average_is_met_from_below_within_a_block(average):
     weights = {i: 1000 + 137 * (i * i % 11) for i in range(24)}
     order = least_first(dict(enumerate(normal(24).tolist())))
     bits = plan_bits(order, weights, average, 4, 2)
@@ -148,7 +147,7 @@ def test_3_any_average_is_met_from_below_within_a_block(average):
 
 
 @pytest.mark.parametrize("average", [2.0, 2.3, 2.75, 3.0, 3.4, 4.0])
-def test_3_three_widths_are_cut_everywhere_the_average_allows(average):
+def test_three_widths_are_cut_everywhere_the_average_allows(average):
     """Every plan rises along the order, meets the average, and would miss it with one block more at the next width."""
     weights = {block: 100 + 7 * (block % 3) for block in range(12)}
     order = [5, 3, 9, 0, 7, 1, 8, 2, 6, 4, 10, 11]
@@ -167,7 +166,7 @@ def test_3_three_widths_are_cut_everywhere_the_average_allows(average):
     assert lowest == [n for n in tried if n < most] + [most]
 
 
-def test_3_pinned_blocks_and_two_widths():
+def test_pinned_blocks_and_two_widths():
     weights = dict.fromkeys(range(6), 10)
     for plan in cut_plans([4, 3, 2, 1], weights, 3.2, (4, 3, 2)):
         assert plan[0] == plan[5] == 4 and sum(plan.values()) <= 6 * 3.2
@@ -183,7 +182,7 @@ def test_steps_lower_every_block_once_before_any_twice():
     assert step_down(order, 2, (8, 4)) == {2: 4, 0: 4, 1: 8}
 
 
-def test_3_equal_scores_lower_the_later_block_first():
+def test_equal_scores_lower_the_later_block_first():
     assert least_first({0: 1.0, 1: 0.5, 2: 0.5, 3: 1.0}) == [2, 1, 3, 0]
 
 
@@ -197,26 +196,18 @@ def test_levels_and_pins():
         plan_bits([1], dict.fromkeys(range(3), 10), 3.5, 4, 3)
 
 
-def recipe_of(blocks=6, **flags):
-    recipe = LayerwiseQuant(**flags)
-    recipe.check()
-    recipe.blocks, recipe.kept = list(range(blocks)), set()
-    return recipe
-
-
 def test_orders_are_permutations_that_do_what_their_names_say():
-    recipe = recipe_of(importance="zd")
+    blocks = list(range(6))
     scores = {"lim": dict(enumerate([-0.1, -0.9, -0.95, -0.97, -0.8, -0.4]))}
     scores["zd"] = dict(enumerate([0.11, 0.15, 0.13, 0.12, 0.16, 0.14]))
-    assert recipe.order("lim", scores, 0) == [3, 2, 1, 4, 5, 0]
-    assert recipe.order("zd", scores, 0) == [4, 1, 5, 2, 3, 0]
-    assert recipe.order("reversed", scores, 0) == [0, 3, 2, 5, 1, 4]
-    assert recipe.order("depth", scores, 0) == [5, 4, 3, 2, 1, 0]
-    assert set(recipe.order("ends", scores, 0)[-2:]) == {0, 5}
-    draws = [recipe.order("random", scores, seed) for seed in range(4)]
+    assert order_blocks("lim", scores, blocks, set(), 0) == [3, 2, 1, 4, 5, 0]
+    assert order_blocks("zd", scores, blocks, set(), 0) == [4, 1, 5, 2, 3, 0]
+    assert order_blocks("reversed", scores, blocks, set(), 0, own="zd") == [0, 3, 2, 5, 1, 4]
+    assert order_blocks("depth", scores, blocks, set(), 0) == [5, 4, 3, 2, 1, 0]
+    assert set(order_blocks("ends", scores, blocks, set(), 0)[-2:]) == {0, 5}
+    draws = [order_blocks("random", scores, blocks, set(), seed) for seed in range(4)]
     assert all(sorted(draw) == list(range(6)) for draw in draws) and len(set(map(tuple, draws))) > 1
-    recipe.kept = {0, 5}
-    assert recipe.order("lim", scores, 0) == [3, 2, 1, 4]
+    assert order_blocks("lim", scores, blocks, {0, 5}, 0) == [3, 2, 1, 4]
 
 
 def test_over_runs():
@@ -338,26 +329,43 @@ def finished(base, tmp_path_factory):
     return output, json.loads((output / "report.json").read_text())
 
 
-def test_10_end_to_end(finished):
-    """A checkpoint of two widths whose report holds curves, importance and every rival; its own claims verify."""
+def scores_of(report):
+    """{score: {block: number}} of a report, and the blocks of the lower width by the figure's open points."""
+    panels = report["figures"]["importance"]["panels"]
+    scores = {panel["title"]: dict(zip(*(panel["series"][0][axis] for axis in "xy"), strict=True)) for panel in panels}
+    points = panels[0]["series"][0]
+    return scores, {block for block, lowered in zip(points["x"], points["open"], strict=True) if lowered}
+
+
+def curves_of(report):
+    """{metric: {order: [(average bits, value)]}} of a report."""
+    found = {}
+    for key, panel in zip(report["compressed"], report["figures"]["curves"]["panels"], strict=True):
+        lines = [line for line in panel["series"] if "name" in line]
+        found[key] = {line["name"]: list(zip(line["x"], line["y"], strict=True)) for line in lines}
+    return found
+
+
+def test_end_to_end(finished):
+    """A checkpoint of two widths whose report holds curves, importance and every baseline; its own claims verify."""
     output, report = finished
     config = json.loads((output / "config.json").read_text())["compression_config"]
     assert config["average_bits"] == 3.5 and config["average_bits_with_overhead"] == 3.5 + (32 + 8) / 32
     widths = {name.split(".")[2]: spec["bits"] for name, spec in config["modules"].items()}
     assert widths == config["bits_by_layer"]
     assert sorted(widths.values()) == [3, 3, 4, 4]
-    lims = {row["index"]: row["scores"]["lim"] for row in report["importance"]["blocks"]}
-    assert {int(b) for b, bits in widths.items() if bits == 3} == set(sorted(lims, key=lims.get)[:2])
+    scores, lowered = scores_of(report)
+    assert lowered == {int(b) for b, bits in widths.items() if bits == 3}
+    assert lowered == set(sorted(scores["lim"], key=scores["lim"].get)[:2])
     orders = {"lim", "reversed", "zd", "sensitivity", "random", "depth", "ends"}
-    assert set(report["curves"]) == orders
     assert set(report["baselines"]) == orders | {"4-bit", "3-bit", "dropped", "rtn", "hqq", "awq", "pruned"}
-    for points in report["curves"].values():
-        assert [point["lowered"] for point in points] == [0, 2, 4]
-        assert [point["bits"] for point in points] == [4, 3.5, 3]
-        assert (
-            points[0]["metrics"] == report["baselines"]["4-bit"]
-            and points[2]["metrics"] == report["baselines"]["3-bit"]
-        )
+    for key, curves in curves_of(report).items():
+        assert set(curves) == orders
+        ends = [report["baselines"][name][key]["value"] for name in ("4-bit", "3-bit")]
+        for points in curves.values():
+            assert [bits for bits, _ in points] == [4, 3.5, 3] and [points[0][1], points[2][1]] == ends
+        shown = report["tables"][f"{metric_title(key)} by average bits, order"]
+        assert [row[0] for row in shown["rows"]] == list(curves) and shown["header"][1:] == ["4.00", "3.50", "3.00"]
     assert report["size"]["baselines"]["lim"] == report["size"]["compressed_bytes"]
     assert report["size"]["baselines"]["dropped"] <= report["size"]["compressed_bytes"]
     assert 0.9 < report["size"]["baselines"]["pruned"] / report["size"]["compressed_bytes"] <= 1
@@ -370,7 +378,7 @@ def test_10_end_to_end(finished):
     assert honest.returncode == 0, honest.stdout + honest.stderr
 
 
-def test_10_a_fresh_process_gives_the_logits_of_the_weights_in_memory(base, finished):
+def test_a_fresh_process_gives_the_logits_of_the_weights_in_memory(base, finished):
     output, _ = finished
     modules = json.loads((output / "config.json").read_text())["compression_config"]["modules"]
     packed = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
@@ -408,7 +416,7 @@ def test_killed_and_resumed_gives_the_same_weights_and_report(base, finished, tm
     assert resumed.returncode == 0, resumed.stderr
     assert weights(output) == weights(finished[0])
     report = json.loads((output / "report.json").read_text())
-    assert all(report[key] == finished[1][key] for key in ("curves", "importance", "compressed", "baselines"))
+    assert all(report[key] == finished[1][key] for key in ("figures", "tables", "compressed", "baselines"))
 
 
 @pytest.mark.parametrize(
@@ -437,26 +445,26 @@ def test_the_other_ways(base, tmp_path, changes, said):
     if "keep" in changes:
         assert config["bits_by_layer"] == {"0": 4, "1": 4, "2": 3, "3": 3}
     if changes.get("importance") == "sensitivity":
-        damage = {row["index"]: row["scores"]["sensitivity"] for row in report["importance"]["blocks"]}
-        low = [row["index"] for row in report["importance"]["blocks"] if row["bits"] == 3]
+        scores, low = scores_of(report)
+        damage = scores["sensitivity"]
         assert sorted(low) == sorted(sorted(damage, key=damage.get)[:2]) and min(damage.values()) > 0
 
 
-def test_3_of_three_widths_the_cuts_with_the_least_loss_on_unseen_text(base, tmp_path):
+def test_of_three_widths_the_cuts_with_the_least_loss_on_unseen_text(base, tmp_path):
     output = tmp_path / "lq"
     process = run(command(base, output, "--baselines", "lim", "random", levels="4,3,2", avg_bits=3.0, curve_points=1))
     assert process.returncode == 0, process.stderr
     config, report = (json.loads((output / name).read_text()) for name in ("config.json", "report.json"))
     bits = {int(block): width for block, width in config["compression_config"]["bits_by_layer"].items()}
-    scores = {row["index"]: row["scores"]["lim"] for row in report["importance"]["blocks"]}
-    order, weights = least_first(scores), dict.fromkeys(bits, 1)
+    scores, _ = scores_of(report)
+    order, weights = least_first(scores["lim"]), dict.fromkeys(bits, 1)
     plans = cut_plans(order, weights, 3.0, (4, 3, 2))
     tried = re.findall(r"plan of (.*): perplexity (\S+) on unseen", process.stdout)
     best = min(tried, key=lambda found: float(found[1]))[0]
     assert bits in plans and len(plans) == len(tried) > 1
     assert best == ", ".join(f"{list(bits.values()).count(width)} x {width} bits" for width in (4, 3, 2))
     assert config["compression_config"]["levels"] == [4, 3, 2]
-    assert [point["bits"] for point in report["curves"]["lim"]] == [4, 3, 2]
+    assert [bits for bits, _ in curves_of(report)["perplexity/A"]["lim"]] == [4, 3, 2]
     assert {row["bits"] for row in report["layers"]} == set(bits.values())
 
 
@@ -479,12 +487,10 @@ def test_a_packed_head_of_tied_embeddings(tmp_path):
     assert size["compressed_bytes"] == sum(p.nbytes for p in packed.state_dict().values())
     assert size["baselines"] == dict.fromkeys(["lim", "rtn"], size["compressed_bytes"])
     assert report["layers"][-1]["name"] == "lm_head" and report["layers"][-1]["d_out"] == 259
-    for name, spec in config["compression_config"]["modules"].items():  # the rival has the same head
+    for name, spec in config["compression_config"]["modules"].items():  # the baseline has the same head
         weight = rtn(dense.get_submodule(name).weight.data, spec["bits"], 32, False, torch.float32).dequantize()
         dense.get_submodule(name).weight = torch.nn.Parameter(weight)
-    tokenizer, texts = AutoTokenizer.from_pretrained(base), {"A": load_text("A")}
-    windows = held_out_windows(texts, tokenizer, report["config"])
-    found = measure_model(dense, tokenizer, windows, report["config"])["perplexity/A"]["value"]
+    found = Language(report["config"]).metrics(dense)["perplexity/A"]["value"]
     assert found == pytest.approx(report["baselines"]["rtn"]["perplexity/A"]["value"], rel=1e-4)
     assert all(finding.ok for finding in verify(output, None))
 

@@ -1,4 +1,4 @@
-"""The paper's claims on SmolLM2, checks 7 to 9 of the sheet: importance from calibration text, quality on held-out text."""
+"""The paper's claims on SmolLM2: importance from calibration text, quality on held-out text."""
 
 import math
 import statistics
@@ -78,13 +78,13 @@ def order(mixtures):
     return least_first({block: scores.mean().item() for block, scores in enumerate(mixtures.lim)})
 
 
-def test_1_the_ranking_is_stable_and_the_ends_matter_most(mixtures, order):
+def test_the_ranking_is_stable_and_the_ends_matter_most(mixtures, order):
     halves = [[scores[part].mean().item() for scores in mixtures.lim] for part in (slice(0, 8), slice(8, 16))]
     assert kendall_tau(*halves) >= 0.9
     assert set(order[-2:]) == {0, 29}
 
 
-def test_7_half_the_blocks_at_3_bits_in_the_order_of_lim(mixtures, order):
+def test_half_the_blocks_at_3_bits_in_the_order_of_lim(mixtures, order):
     found = mixtures.perplexity(mixtures.lowered(order[:HALF]))
     reverse = mixtures.perplexity(mixtures.lowered(order[-HALF:]))
     draws = [torch.randperm(30, generator=torch.Generator().manual_seed(seed)).tolist()[:HALF] for seed in range(5)]
@@ -94,7 +94,7 @@ def test_7_half_the_blocks_at_3_bits_in_the_order_of_lim(mixtures, order):
     assert found < math.sqrt(four * three), (found, four, three)  # straight between the ends, in log perplexity
 
 
-def test_8_fewer_bits_beat_fewer_blocks_but_not_at_two_bits(mixtures, order):
+def test_fewer_bits_beat_fewer_blocks_but_not_at_two_bits(mixtures, order):
     """At 3.5 bits a weight: 4 and 3 bits, 4 bits with blocks dropped, and 4 and 2 bits from the extremes."""
     dropped = {block: 4 for block in range(30) if block not in order[:4]}  # 26 / 30 * 4 = 3.47 bits
     mixed, pruned = mixtures.perplexity(mixtures.lowered(order[:HALF])), mixtures.perplexity(dropped)
@@ -102,7 +102,7 @@ def test_8_fewer_bits_beat_fewer_blocks_but_not_at_two_bits(mixtures, order):
     assert 1.1 * mixed <= pruned and pruned < rough, (mixed, pruned, rough)
 
 
-def test_9_the_curve_falls_and_ends_in_the_uniform_models(mixtures, order):
+def test_the_curve_falls_and_ends_in_the_uniform_models(mixtures, order):
     reference = mixtures.logits(dict.fromkeys(range(30), 16)).log_softmax(-1)
     damage = []
     for count in (0, 10, 20, 30):

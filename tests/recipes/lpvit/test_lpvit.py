@@ -1,4 +1,4 @@
-"""LPViT's method on tiny random transformers: blocks, curves, allocation, energy, least squares. Sheet section 9."""
+"""LPViT's method on tiny random transformers: blocks, curves, allocation, energy, least squares."""
 
 import itertools
 import math
@@ -84,7 +84,7 @@ def calibrated():
     return calibrate(tiny_vit())
 
 
-# --------------------------------------------------------------------------------------------------------------- check 1
+# ------------------------------------------------------------------------------------------------------------- budgets
 
 
 @pytest.mark.parametrize("budget", ["flops", "params", "energy"])
@@ -144,7 +144,7 @@ def test_target_one_changes_nothing(calibrated):
             )
 
 
-# --------------------------------------------------------------------------------------------------------------- check 2
+# -------------------------------------------------------------------------------- statistics and curves (steps 1 to 3)
 
 
 def test_the_curve_is_the_mean_square_of_the_directional_derivative():
@@ -212,7 +212,7 @@ def test_the_mean_gradient_gives_a_rank_one_curve(calibrated):
         assert curve[k].item() == pytest.approx(best, rel=1e-4, abs=1e-9)
 
 
-# --------------------------------------------------------------------------------------------------------------- check 3
+# ------------------------------------------------------------------------------------------------- what curves predict
 
 
 @pytest.mark.parametrize("share, rank_agreement", [(0.05, 0.8), (0.2, 0.7)])
@@ -238,7 +238,7 @@ def test_small_removals_change_the_logits_as_predicted(share, rank_agreement):
         assert all(0.4 <= p / m <= 2 for p, m in zip(predicted, measured, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------------- check 4
+# ------------------------------------------------------------------------------------------------- allocation (step 5)
 
 
 def random_layers(seed, counts=(6, 6), convex=True, equal=True):
@@ -303,7 +303,7 @@ def test_less_budget_never_keeps_more(seed):
         last = removed
 
 
-# --------------------------------------------------------------------------------------------------------------- check 5
+# ----------------------------------------------------------------------------------------------------- energy (step 4)
 
 
 def test_the_price_of_energy_lowers_it_at_the_same_multiplications():
@@ -348,7 +348,7 @@ def test_the_codes_power_term_spares_large_layers():
     assert allocate_lagrangian(layers, 40.0) == {"small": 20, "large": 20}
 
 
-# --------------------------------------------------------------------------------------------------------------- check 7
+# ---------------------------------------------------------------------------------------------- least squares (step 6)
 
 
 def test_reconstruction_at_full_density_returns_the_weights():

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import zoo  # noqa: F401 (registers the model classes)
-from recipes.common.core.recipe import main, parse
-from recipes.common.export.images import export_dense_classifier, unpack
+from recipes.common.core.cli import main, parse
+from recipes.common.export.dense import export_dense_classifier, unpack
 from recipes.common.loops.training import make_optimizer
 from recipes.lpvit import TINY, TINY_SCHEDULE, VARIANTS, LPViT
 from recipes.lpvit.blocks import matrix, pack_model, reconstruct
@@ -81,7 +81,7 @@ def accuracy(model):
     return 100 * (model(pixel_values=images).logits.argmax(1) == labels).double().mean().item()
 
 
-# --------------------------------------------------------------------------------------------------------------- check 6
+# ----------------------------------------------------------------------------------------------- what blocks are worth
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -120,7 +120,7 @@ def test_one_round_is_the_choice_from_the_dense_model_and_later_ones_stay_within
     assert any(not torch.equal(keeps[0][name], keeps[1][name]) for name in halfway)
 
 
-# ------------------------------------------------------------------------------------------------------ checks 9 and 11
+# ----------------------------------------------------------------------------------------- checkpoints and fine-tuning
 
 
 def families():

@@ -1,4 +1,4 @@
-"""PreCropping: the checks of its method, one test each, and the command line on tiny images."""
+"""PreCropping: densities, widths and networks, and the command line on tiny images."""
 
 import copy
 import itertools
@@ -26,7 +26,8 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from recipes.common.core.recipe import World, main, parse
+from recipes.common.core.cli import main, parse
+from recipes.common.core.state import World
 from recipes.common.data.architectures import fresh_model
 from recipes.common.loops.trained import VisionRun
 from recipes.common.loops.training import apply_masks, make_optimizer, mask_gradients
@@ -86,17 +87,17 @@ def fractions(graph: WidthGraph, wish: dict[str, float]) -> np.ndarray:
     return np.exp(graph.incidence @ [wish.get(group, 0.0) for group in graph.groups])
 
 
-# ----------------------------------------------------------------------------------------------------------- check 1
+# ----------------------------------------------------------------------------------------------------------- densities
 
 
-def test_1_totals_are_those_of_the_published_networks(resnet_34, mobilenet, resnet_20):
+def test_totals_are_those_of_the_published_networks(resnet_34, mobilenet, resnet_20):
     assert resnet_34.cost(resnet_34.widths) == (21_779_648, 3_663_761_408)
     assert mobilenet.cost(mobilenet.widths) == (3_469_760, 300_774_272)
     assert resnet_20.cost(resnet_20.widths) == (270_896, 40_813_184)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_1_golden_widths_of_resnet_34(resnet_34, name):
+def test_golden_widths_of_resnet_34(resnet_34, name):
     budget, stages, value = GOLDEN[name]
     budget = absolute(resnet_34, budget)
     limits = width_limits(resnet_34, **FINE, max_ratio=4.0 if name == "preconfig" else 1.0)
@@ -115,7 +116,7 @@ def test_1_golden_widths_of_resnet_34(resnet_34, name):
         assert cost[1] == pytest.approx(3.022e9, rel=1e-3)
 
 
-def test_1_only_the_head_of_mobilenet_shrinks(mobilenet):
+def test_only_the_head_of_mobilenet_shrinks(mobilenet):
     wish = synexp_channels(mobilenet, Budget(2.31e6, None), width_limits(mobilenet, **FINE))
     assert 1280 * math.exp(wish["conv_1x1"]) == pytest.approx(401, abs=1)
     assert max(abs(u) for group, u in wish.items() if group != "conv_1x1") < 1e-8
@@ -124,7 +125,7 @@ def test_1_only_the_head_of_mobilenet_shrinks(mobilenet):
 
 
 @pytest.mark.parametrize("name", ["params", "flops", "both"])
-def test_1_solutions_satisfy_the_kkt_conditions(resnet_34, mobilenet, name):
+def test_solutions_satisfy_the_kkt_conditions(resnet_34, mobilenet, name):
     from scipy.optimize import nnls
 
     for graph in (resnet_34, mobilenet):
@@ -160,7 +161,7 @@ def toy(sizes: tuple[int, ...] = (10, 20)) -> WidthGraph:
 
 
 @pytest.mark.parametrize("share", [(0.5, None), (None, 0.4), (0.45, 0.5)])
-def test_1_a_grid_search_finds_nothing_better(share):
+def test_a_grid_search_finds_nothing_better(share):
     graph = toy()
     budget = absolute(graph, share)
     wish = synexp_channels(graph, budget, width_limits(graph, multiple=1, min_width=1, min_ratio=0.01))
@@ -176,10 +177,10 @@ def test_1_a_grid_search_finds_nothing_better(share):
     assert best <= value + 1e-9 and value == pytest.approx(best, abs=0.01)
 
 
-# ----------------------------------------------------------------------------------------------------------- check 2
+# ------------------------------------------------------------------------------------------- a density for each weight
 
 
-def test_2_weight_level_golden_numbers_of_resnet_20(resnet_20):
+def test_weight_level_golden_numbers_of_resnet_20(resnet_20):
     p = synexp_weights(resnet_20, absolute(resnet_20, (0.1, None)))
     encoder = "resnet.encoder.stages."
     assert p[f"{encoder}0.layers.0.layer.0.convolution"] == pytest.approx(0.5826, abs=5e-5)
@@ -202,7 +203,7 @@ def test_2_weight_level_golden_numbers_of_resnet_20(resnet_20):
 
 @settings(max_examples=40, deadline=None)
 @given(params=st.floats(0.01, 0.99), macs=st.floats(0.01, 0.99), more=st.floats(1, 2))
-def test_2_water_filling_spends_budgets_and_rises_with_them(resnet_20, params, macs, more):
+def test_water_filling_spends_budgets_and_rises_with_them(resnet_20, params, macs, more):
     budget = absolute(resnet_20, (params, macs))
     p = np.array(list(synexp_weights(resnet_20, budget).values()))
     cost = resnet_20.params @ p / budget.params, resnet_20.macs @ p / budget.macs
@@ -217,7 +218,7 @@ def test_2_water_filling_spends_budgets_and_rises_with_them(resnet_20, params, m
     assert (q >= p * (1 - 1e-12)).all()
 
 
-def test_2_full_budgets_keep_everything(resnet_20, resnet_34):
+def test_full_budgets_keep_everything(resnet_20, resnet_34):
     for graph in (resnet_20, resnet_34):
         budget = absolute(graph, (1.0, 1.0))
         assert all(p == 1 for p in synexp_weights(graph, budget).values())
@@ -225,10 +226,10 @@ def test_2_full_budgets_keep_everything(resnet_20, resnet_34):
         assert fit_widths(graph, synexp_channels(graph, budget, limits), budget, limits) == graph.widths
 
 
-# ----------------------------------------------------------------------------------------------------------- check 3
+# -------------------------------------------------------------------------------------------------------------- SynExp
 
 
-def test_3_synexp_depends_on_densities_only():
+def test_synexp_depends_on_densities_only():
     """E[1^T prod |W_l * M_l| 1] = N_0 prod p mu N, for masks of weights and of filters; aligned cropping gives prod d."""
     sizes, p, draws = (8, 24, 32, 24, 6), (0.5, 0.25, 0.25, 0.5), 16_000
     generator = np.random.default_rng(0)
@@ -259,7 +260,7 @@ def test_3_synexp_depends_on_densities_only():
     assert estimate(aligned) == pytest.approx(0.5**3, rel=0.02)
 
 
-# -------------------------------------------------------------------------------------------- square-root rule (3c)
+# ---------------------------------------------------------------------------------------------- square roots of scores
 
 
 def synflow_densities(graph: WidthGraph) -> dict[str, float]:
@@ -301,7 +302,7 @@ def test_depthwise_layers_count_without_a_root(mobilenet):
     assert wish["layer.1.expand_1x1"] == pytest.approx((0.5 + 1 + 0.5) / 3 * math.log(0.25))
 
 
-# ------------------------------------------------------------------------------------------------- rounding (3d)
+# -------------------------------------------------------------------------------------------------------------- widths
 
 
 @settings(max_examples=25, deadline=None)
@@ -353,10 +354,10 @@ def test_the_solver_stays_at_the_upper_bounds_when_all_fits():
     assert (u == upper).all()
 
 
-# ------------------------------------------------------------------------------------------------ checks 6 and 8
+# ------------------------------------------------------------------------------------------------------------ networks
 
 
-def test_6_a_full_budget_with_init_crop_is_the_stock_model(resnet_34):
+def test_a_full_budget_with_init_crop_is_the_stock_model(resnet_34):
     config = ResNetConfig(layer_type="basic", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_labels=5)
     torch.manual_seed(0)
     stock = ResNetForImageClassification(config).eval()
@@ -383,7 +384,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_8_costs_are_those_of_the_real_network(family):
+def test_costs_are_those_of_the_real_network(family):
     torch.manual_seed(0)
     dense = FAMILIES[family]()
     graph = width_graph(dense, 32)
@@ -421,7 +422,7 @@ def test_cropping_keeps_the_scale_of_the_initialisation(family):
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), again.parameters(), strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------- check 10
+# ------------------------------------------------------------------------------------------------------ what is learnt
 
 
 def train_digits(model: nn.Module, masks: dict | None, epochs: int = 6) -> float:
@@ -446,7 +447,7 @@ def train_digits(model: nn.Module, masks: dict | None, epochs: int = 6) -> float
         return (model.eval()(pixels[900:]).logits.argmax(-1) == labels[900:]).double().mean().item()
 
 
-def test_10_densities_of_synexp_beat_uniform_ones_at_2_percent():
+def test_densities_of_synexp_beat_uniform_ones_at_2_percent():
     accuracy = {"synexp": [], "uniform": []}
     for seed in (0, 1):
         model = initialised(fresh_model("resnet-8", list("0123456789"), 8, seed), seed)
@@ -464,10 +465,10 @@ def test_10_densities_of_synexp_beat_uniform_ones_at_2_percent():
     assert np.mean(accuracy["synexp"]) - np.mean(accuracy["uniform"]) >= 0.08, accuracy
 
 
-# -------------------------------------------------------------------------------------------------- checks 11 and 12
+# --------------------------------------------------------------------------------------------------- modes and repeats
 
 
-def test_11_two_budgets_are_never_better_than_one(resnet_34, mobilenet):
+def test_two_budgets_are_never_better_than_one(resnet_34, mobilenet):
     for graph in (resnet_34, mobilenet):
         limits, values = width_limits(graph, **FINE), {}
         for budget in ((0.5, 0.7), (0.5, None), (None, 0.7)):
@@ -476,7 +477,7 @@ def test_11_two_budgets_are_never_better_than_one(resnet_34, mobilenet):
         assert values[0.5, 0.7] <= min(values[0.5, None], values[None, 0.7]) + 1e-9
 
 
-def test_11_preconfig_at_full_budgets_widens_something(resnet_34):
+def test_preconfig_at_full_budgets_widens_something(resnet_34):
     budget, limits = absolute(resnet_34, (1.0, 1.0)), width_limits(resnet_34, **FINE, max_ratio=4.0)
     widths = fit_widths(resnet_34, synexp_channels(resnet_34, budget, limits), budget, limits)
     assert resnet_34.sum_log_p(widths) > 0 and budget.holds(resnet_34.cost(widths))
@@ -493,7 +494,7 @@ def plan(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_12_widths_are_the_same_in_another_process_with_more_threads(capsys, images):
+def test_widths_are_the_same_in_another_process_with_more_threads(capsys, images):
     here = plan(capsys, "--dataset", images)
     command = [sys.executable, "-m", "recipes", *PLAN, "--dataset", images]
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
@@ -502,7 +503,7 @@ def test_12_widths_are_the_same_in_another_process_with_more_threads(capsys, ima
     assert there.stdout == here and "stages.2.layers.0.layer.0" in here
 
 
-def test_12_every_source_gives_the_same_widths_again_within_budgets(images, tmp_path):
+def test_every_source_gives_the_same_widths_again_within_budgets(images, tmp_path):
     for source in ("synflow", "snip", "grasp", "magnitude", "erk", "uniform"):
         flags = ["--model", "resnet-8", "--dataset", images, "--source", source, "--score_rounds", "5"]
         recipe = parse("precropping", [*flags, "--score_samples", "4"])

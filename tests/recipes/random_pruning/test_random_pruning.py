@@ -1,4 +1,4 @@
-"""random-pruning: the sheet's acceptance checks, and the whole command line on two small seeds."""
+"""random-pruning: its steps one by one, and the whole command line on two small seeds."""
 
 import json
 import math
@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -19,20 +19,28 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from recipes.common.core.recipe import main
-from recipes.common.data.image_batches import ImageTensors, make_processor
+from recipes.common.core.cli import main
+from recipes.common.core.state import World
+from recipes.common.data.architectures import fresh_model
+from recipes.common.data.image_batches import ImageTensors
 from recipes.common.data.images import ImageData
-from recipes.common.loops.training import Schedule, apply_masks, make_optimizer, mask_gradients, train
+from recipes.common.domains.classification import Classification
+from recipes.common.loops import training
+from recipes.common.loops.trained import TrainedRun
+from recipes.common.loops.training import Schedule, apply_masks, make_optimizer, mask_gradients
 from recipes.common.metrics import images as image_metrics
 from recipes.common.parts.densities import mac_ratio, prunable_layers
 from recipes.common.parts.scores import grasp_scores, keep_fractions, snip_scores, top_masks
-from recipes.random_pruning import POSITIONS, SMALL, RandomPruning, kaiming, live_weights, pack_masked
+from recipes.random_pruning import POSITIONS, SMALL, RandomPruning, snip_batches
+from recipes.random_pruning.networks import kaiming, live_weights, narrowed
+from recipes.random_pruning.packing import pack_masked
 from zoo.checkpoint import save_checkpoint
 from zoo.errors import UserError
 from zoo.models.resnet import SlimResNetForImageClassification, cifar_resnet_config
 from zoo.models.vgg import SlimVGGForImageClassification, cifar_vgg_config
 
 SIDE = 12
+train = partial(training.train, loss=Classification.training_loss, score=Classification.score)
 
 
 def tiny(depth: int = 8, width: int = 4, seed: int = 0, side: int = SIDE, channels: int = 3, **settings):
@@ -50,7 +58,7 @@ def recipe(**flags) -> RandomPruning:
 
 def random_masks(model, density: float, seed: int = 0, ratio: str = "erk", **flags):
     made = recipe(density=density, ratio=ratio, **flags)
-    layers = made.layers(model)
+    layers = made.prunable(model)
     return made.masks(layers, made.counts(layers, made.formula(layers, ratio, density), seed), seed)
 
 
@@ -73,22 +81,18 @@ def run(tmp_path_factory):
     splits = {split: pictures(rows, seed) for seed, (split, rows) in enumerate((("train", 300), ("validation", 40)))}
     classes = splits["train"].features["label"].names
     about = {"name": "patches", "version": "1", "sha256": None, "license": None, "size": None}
-    data = ImageData(**about, classes=classes, test=pictures(60, 9), image_size=SIDE, **splits)
-    processor = make_processor(data)
-    return SimpleNamespace(
-        data=data,
-        processor=processor,
-        train_images=ImageTensors(data.train, processor),
-        state=tmp_path_factory.mktemp("state"),
-    )
+    made = recipe(output=str(tmp_path_factory.mktemp("run") / "out"))
+    found = TrainedRun(made, made.domain(), World())
+    found.domain.data = ImageData(**about, classes=classes, test=pictures(60, 9), image_size=SIDE, **splits)
+    return found
 
 
-# ------------------------------------------------------------------------------------------------ check 2: sampling
+# ------------------------------------------------------------------------------------------------------------ sampling
 
 
-def test_check_2_masks_keep_exactly_the_budget_and_two_seeds_overlap_by_chance():
+def test_masks_keep_exactly_the_budget_and_two_seeds_overlap_by_chance():
     model = tiny(14, 8)
-    layers = recipe().layers(model)
+    layers = recipe().prunable(model)
     total = sum(layer.size for layer in layers.values())
     first, second = (random_masks(model, 0.1, seed) for seed in (0, 1))
     assert sum(int(mask.sum()) for mask in first.values()) == round(0.1 * total)
@@ -103,9 +107,9 @@ def test_check_2_masks_keep_exactly_the_budget_and_two_seeds_overlap_by_chance()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_check_2_coins_keep_about_the_budget():
+def test_coins_keep_about_the_budget():
     model = tiny(14, 8)
-    layers = recipe().layers(model)
+    layers = recipe().prunable(model)
     total = sum(layer.size for layer in layers.values())
     masks = random_masks(model, 0.1, 0, mask_sampling="bernoulli")
     kept = sum(int(mask.sum()) for mask in masks.values())
@@ -113,7 +117,7 @@ def test_check_2_coins_keep_about_the_budget():
     assert abs(kept - 0.1 * total) < 4 * math.sqrt(0.1 * total)
 
 
-# ------------------------------------------------------------------------------------ checks 3 and 4: masks in training
+# --------------------------------------------------------------------------------------------------- masks in training
 
 
 def steps(model, masks, optimizer: str, mask_gradient: bool, clip: float = 0.0, count: int = 50) -> list[float]:
@@ -137,7 +141,7 @@ def steps(model, masks, optimizer: str, mask_gradient: bool, clip: float = 0.0, 
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_check_3_masks_stay_masks_and_masking_gradients_changes_no_bit(optimizer):
+def test_masks_stay_masks_and_masking_gradients_changes_no_bit(optimizer):
     models = [tiny().train() for _ in range(2)]
     masks = random_masks(models[0], 0.2)
     for model, mask_gradient in zip(models, (True, False), strict=True):
@@ -149,7 +153,7 @@ def test_check_3_masks_stay_masks_and_masking_gradients_changes_no_bit(optimizer
     assert not torch.equal(models[0].state_dict()["classifier.1.weight"], tiny().state_dict()["classifier.1.weight"])
 
 
-def test_check_3_clipping_sees_the_norm_of_live_weights_only():
+def test_clipping_sees_the_norm_of_live_weights_only():
     models = [tiny().train() for _ in range(2)]
     masks = random_masks(models[0], 0.2)
     masked, whole = (steps(m, masks, "sgd", flag, clip=0.1) for m, flag in zip(models, (True, False), strict=True))
@@ -166,20 +170,20 @@ def test_check_3_clipping_sees_the_norm_of_live_weights_only():
 
 
 def test_checks_3_and_4_in_trainer_masks_hold_and_full_ones_change_no_bit(run, tmp_path):
-    validation = ImageTensors(run.data.validation, run.processor)
     schedule = Schedule(epochs=2, batch_size=50, lr=0.05)
     models = {"none": tiny(), "full": tiny(), "sparse": tiny()}
     masks = {"none": None, "full": random_masks(models["full"], 1.0), "sparse": random_masks(models["sparse"], 0.1)}
     assert all(mask.all() for mask in masks["full"].values())
     for key, model in models.items():
-        train(model, run.train_images, validation, schedule, tmp_path / key, seed=0, masks=masks[key])
+        data = run.domain.train_images, run.domain.validation
+        train(model, *data, schedule, tmp_path / key, seed=0, masks=masks[key])
     for name, tensor in models["none"].state_dict().items():
         assert torch.equal(tensor, models["full"].state_dict()[name]), name
     for name, mask in masks["sparse"].items():
         assert torch.equal(models["sparse"].get_parameter(name) != 0, mask), name
 
 
-# ----------------------------------------------------------------------------------------------- check 5: round trips
+# --------------------------------------------------------------------------------------------------------- round trips
 
 
 def sparse_model(density: float = 0.1, seed: int = 3, side: int = SIDE):
@@ -206,7 +210,7 @@ save_file({"logits": logits}, sys.argv[3])
 
 
 @pytest.mark.parametrize("storage", ["seed", "bitmask", "dense"])
-def test_check_5_round_trip_size_and_logits(storage, tmp_path):
+def test_round_trip_size_and_logits(storage, tmp_path):
     from transformers import AutoModelForImageClassification
 
     model, masks = sparse_model()
@@ -243,7 +247,7 @@ def test_check_5_round_trip_size_and_logits(storage, tmp_path):
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
 
 
-def test_check_5_a_fresh_process_without_slimzoo_draws_the_same_masks(tmp_path):
+def test_a_fresh_process_without_slimzoo_draws_the_same_masks(tmp_path):
     from safetensors.torch import save_file
 
     model, masks = sparse_model()
@@ -262,7 +266,7 @@ def test_check_5_a_fresh_process_without_slimzoo_draws_the_same_masks(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"layer": 7}, {"sha256": "0" * 64}])
-def test_check_5_a_tampered_seed_is_refused_on_loading(change, tmp_path):
+def test_a_tampered_seed_is_refused_on_loading(change, tmp_path):
     from transformers import AutoModelForImageClassification
 
     model, masks = sparse_model()
@@ -275,7 +279,7 @@ def test_check_5_a_tampered_seed_is_refused_on_loading(change, tmp_path):
         AutoModelForImageClassification.from_pretrained(folder)
 
 
-def test_check_5_vgg_and_other_dtypes_make_the_trip_too(tmp_path):
+def test_vgg_and_other_dtypes_make_the_trip_too(tmp_path):
     from transformers import AutoModel, AutoModelForImageClassification
 
     config = cifar_vgg_config(11, 10)
@@ -300,11 +304,11 @@ def test_check_5_vgg_and_other_dtypes_make_the_trip_too(tmp_path):
         )
 
 
-# ----------------------------------------------------------------------------------- check 6: products and multiplications
+# ---------------------------------------------------------------------------------------- products and multiplications
 
 
-def test_check_6_packed_products_and_the_counter_of_multiplications():
-    """The layers themselves, strides, groups and an empty row: tests/zoo/test_bitmask_conv.py."""
+def test_packed_products_and_the_counter_of_multiplications():
+    """The layers themselves, strides, groups and an empty row: tests/zoo/layers/test_bitmask_conv.py."""
     model, masks = sparse_model(0.1, side=32)
     layers = prunable_layers(model, torch.zeros(1, 3, 32, 32))
     kept = {name: mask.double().mean().item() for name, mask in masks.items()}
@@ -319,7 +323,7 @@ def test_check_6_packed_products_and_the_counter_of_multiplications():
         assert torch.equal(packed.get_submodule(name).dense_weight(), model.get_parameter(f"{name}.weight"))
 
 
-# -------------------------------------------------------------------------------- checks 7 and 8: what is learnt, on digits
+# ------------------------------------------------------------------------------------------- what is learnt, on digits
 
 
 @pytest.fixture(scope="module")
@@ -368,37 +372,34 @@ def learnt(digits):
             model = tiny(14, width, channels=1, side=8)
             found[ratio, width] = learn(digits, model, random_masks(model, 0.02, ratio=ratio))
     made = RandomPruning(model="resnet-14-16", image_size=SIDE, density=0.02)
-    narrow = tiny(14, 16, channels=1, side=8, widths=small_widths(made))
-    assert sum(layer.size for layer in made.layers(narrow).values()) <= 0.02 * 173_840
+    wide = kaiming(fresh_model("resnet-14-16", list("0123456789"), SIDE, 0), 0)
+    widths = narrowed(wide, made.budget(made.prunable(wide)), 0.02, 0).config.widths
+    narrow = tiny(14, 16, channels=1, side=8, widths=widths)
+    assert sum(layer.size for layer in made.prunable(narrow).values()) <= 0.02 * 173_840
     found[SMALL, 16] = learn(digits, narrow, None)
     return found
 
 
-def small_widths(made: RandomPruning) -> dict[str, int]:
-    data = SimpleNamespace(classes=list("0123456789"), image_size=SIDE)
-    return made.small(data, 0).config.widths
-
-
-def test_check_7_ratios_matter_more_than_a_smaller_network(learnt):
-    """One seed, five epochs, 8x8 pixels: the sheet's setting made short."""
+def test_ratios_matter_more_than_a_smaller_network(learnt):
+    """One seed, five epochs, 8x8 pixels."""
     assert learnt["erk", 16] - learnt["uniform", 16] >= 8
     assert learnt["balanced", 16] - learnt["uniform", 16] >= 8
     assert learnt["erk", 16] - learnt[SMALL, 16] >= 2
     assert 0 <= learnt["dense", 16] - learnt["erk", 16] <= 6
 
 
-def test_check_8_the_gap_to_dense_shrinks_with_width(learnt):
+def test_the_gap_to_dense_shrinks_with_width(learnt):
     gaps = {width: learnt["dense", width] - learnt["erk", width] for width in (8, 16)}
     assert gaps[8] > gaps[16] + 1
 
 
-# --------------------------------------------------------------------------------------------------- check 9: scores
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("ratio", ["snip", "grasp"])
-def test_check_9_only_the_numbers_are_taken_from_scores(run, ratio):
+def test_only_the_numbers_are_taken_from_scores(run, ratio):
     made, model = recipe(ratio=ratio, density=0.1, grasp_samples_per_class=8), tiny()
-    layers = made.layers(model)
+    layers = made.prunable(model)
     scores = made.scores(run, model, ratio, seed=0)
     positions = top_masks(scores, made.budget(layers))
     kept = made.kept(run, model, ratio, 0.1, 0, f"check-9-{ratio}")
@@ -415,13 +416,11 @@ def test_check_9_only_the_numbers_are_taken_from_scores(run, ratio):
     assert again == kept
 
 
-def test_check_9_snip_scores_are_gradients_of_multiplicative_masks(run):
+def test_snip_scores_are_gradients_of_multiplicative_masks(run):
     made, model = recipe(), tiny()
-    from recipes.random_pruning import snip_batches
-
-    batch = snip_batches(run, 1, seed=0)[0]
+    batch = snip_batches(run.domain.train_images, 1, seed=0)[0]
     assert batch["pixel_values"].shape == (128, 3, SIDE, SIDE)
-    assert torch.equal(batch["pixel_values"], snip_batches(run, 1, seed=0)[0]["pixel_values"])
+    assert torch.equal(batch["pixel_values"], snip_batches(run.domain.train_images, 1, seed=0)[0]["pixel_values"])
     scores = made.scores(run, model, "snip", seed=0)
     model.train()
     gates = {name: torch.ones_like(model.get_parameter(name), requires_grad=True) for name in scores}
@@ -434,7 +433,7 @@ def test_check_9_snip_scores_are_gradients_of_multiplicative_masks(run):
     assert any(not torch.equal(other[name], scores[name]) for name in scores)
 
 
-def test_check_9_grasps_hessian_product_is_that_of_finite_differences():
+def test_grasps_hessian_product_is_that_of_finite_differences():
     model = tiny(8, 2).double()
     generator = torch.Generator().manual_seed(0)
     halves = [
@@ -467,7 +466,7 @@ def test_check_9_grasps_hessian_product_is_that_of_finite_differences():
     assert ((found * scale - wanted).norm() / wanted.norm()).item() < 1e-3
 
 
-def test_check_9_the_sample_of_grasp(run):
+def test_the_sample_of_grasp(run):
     made = recipe(grasp_samples_per_class=6)
     first, second = made.grasp_sample(run, 0)
     assert first["labels"].bincount().tolist() == second["labels"].bincount().tolist() == [3] * 10
@@ -477,10 +476,10 @@ def test_check_9_the_sample_of_grasp(run):
         list(replace(made, grasp_samples_per_class=31).grasp_sample(run, 0))
 
 
-# ----------------------------------------------------------------------------- check 10: evaluation beyond accuracy
+# ------------------------------------------------------------------------------------------ evaluation beyond accuracy
 
 
-def test_check_10_detection_calibration_and_attacks(run):
+def test_detection_calibration_and_attacks(run):
     generator = torch.Generator().manual_seed(0)
     same = torch.randn(4000, generator=generator)
     assert image_metrics.auroc(same[:2000], same[2000:])[0] == pytest.approx(0.5, abs=0.02)
@@ -493,13 +492,13 @@ def test_check_10_detection_calibration_and_attacks(run):
     model = tiny(14, 8).eval()
     train(
         model,
-        run.train_images,
-        ImageTensors(run.data.validation, run.processor),
+        run.domain.train_images,
+        run.domain.validation,
         Schedule(2, 50, 0.05),
         run.state / "c",
         seed=0,
     )
-    images = ImageTensors(run.data.test, run.processor)
+    images = ImageTensors(run.domain.data.test, run.domain.processor)
 
     def accuracy(attack: str, epsilon: float) -> float:
         survived = image_metrics.survives(model, images, attack, epsilon=epsilon)
@@ -516,7 +515,7 @@ def test_check_10_detection_calibration_and_attacks(run):
     assert moved.min() >= 0 and moved.max() <= 1 and (moved - pixels).abs().max() <= 8 / 255 + 1e-6
 
 
-# ----------------------------------------------------------------------------------------------------- check 11: refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
@@ -532,11 +531,14 @@ def test_check_10_detection_calibration_and_attacks(run):
         ({"baselines": ["magic"]}, "--baselines magic: one of uniform"),
         ({"baselines": ["erk"]}, "--baselines erk: one of uniform"),  # it is the recipe's own
         ({"schedule": "step", "lr_drops": [99]}, r"--lr_drops \[99\]"),
+        ({"exclude": "("}, r"--exclude \(: no regular expression"),
     ],
 )
-def test_check_11_impossible_flags_are_refused(flags, message):
+def test_impossible_flags_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        recipe(**flags).check()
+        made = recipe(**flags)
+        made.check()
+        made.chosen_baselines()
 
 
 @pytest.mark.parametrize(
@@ -546,17 +548,32 @@ def test_check_11_impossible_flags_are_refused(flags, message):
         ({"density": 0.001}, "weights for 10 layers are too few"),
         ({"ratio": "grasp", "grasp_samples_per_class": 99}, "a class has 30 training images"),
         ({"exclude": "."}, "no convolution or linear layer is left"),
+        ({"more_densities": [0.001]}, "weights for 10 layers are too few"),
+        ({"more_models": ["resnet-9"]}, "--model resnet-9: there is no such depth"),
+        ({"more_models": ["vgg-11"], "density": 0.002, "ratio": "erk_plus"}, "--ratio erk_plus spends"),
+        ({"ratio": "snip", "density": 0.001}, "weights for 10 layers are too few"),
+        ({"baselines": [SMALL], "density": 0.004}, "even the smallest widths need"),
     ],
 )
-def test_check_11_impossible_budgets_are_refused_before_any_work(run, flags, message):
+def test_impossible_budgets_are_refused_before_any_work(run, flags, message):
+    alone = {"baselines": ["none"], "more_densities": [0.0], "more_models": ["none"]}
     with pytest.raises(UserError, match=message):
-        recipe(**flags, baselines=["none"], more_densities=[0.0]).check_data(run.data)
+        recipe(**alone | flags).check_base(run)
 
 
-def test_check_11_no_path_yields_an_empty_tensor(run):
+def test_grasp_finds_its_images_among_those_that_are_trained_on(run):
+    made = recipe(ratio="grasp", grasp_samples_per_class=8, train_items=60, more_models=["none"])
+    fewer = TrainedRun(made, made.domain(), World())
+    fewer.domain.data = run.domain.data
+    with pytest.raises(UserError, match=r"a class has \d training images"):
+        made.check_base(fewer)
+    made.check_base(run)
+
+
+def test_no_path_yields_an_empty_tensor(run):
     """Not even scores that leave a layer out."""
     made, model = recipe(ratio="snip", density=0.02, mask_sampling="bernoulli"), tiny()
-    layers = made.layers(model)
+    layers = made.prunable(model)
     starving = dict.fromkeys(layers, 0.0) | {"classifier.1.weight": 1.0}
     for sampling in ("exact", "bernoulli"):
         counts = replace(made, mask_sampling=sampling).counts(layers, starving, 0)
@@ -569,7 +586,7 @@ def test_check_11_no_path_yields_an_empty_tensor(run):
 
 def test_live_weights_are_those_on_a_path():
     model = tiny()
-    layers = recipe().layers(model)
+    layers = recipe().prunable(model)
     total = sum(layer.size for layer in layers.values())
     masks = {name: torch.ones(layer.shape, dtype=torch.bool) for name, layer in layers.items()}
     assert live_weights(model, masks) == total
@@ -585,9 +602,9 @@ def test_live_weights_are_those_on_a_path():
 def folder(tmp_path_factory, run):
     """A data set as a folder of images, and a finished run on it with two seeds."""
     root = tmp_path_factory.mktemp("run")
-    for split, images in (("train", run.data.train), ("test", run.data.test)):
+    for split, images in (("train", run.domain.data.train), ("test", run.domain.data.test)):
         for row, item in enumerate(images):
-            place = root / "data" / split / run.data.classes[item["label"]].replace(" ", "-")
+            place = root / "data" / split / run.domain.data.classes[item["label"]].replace(" ", "-")
             place.mkdir(parents=True, exist_ok=True)
             item["image"].save(place / f"{row}.png")
     return root

@@ -13,8 +13,7 @@ from zoo.kernels.block_sparse_linear import block_sparse_linear
 from zoo.kernels.block_sparse_linear.reference import block_sparse_linear as definition
 from zoo.kernels.block_sparse_linear.reference import pack_blocks, unpack_blocks
 from zoo.layers.block_sparse import BlockSparseLinear
-from zoo.layers.packing import pack_layers
-from zoo.record.verify import layer_bytes
+from zoo.layers.packing import pack_layers, row_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = build.LEVELS[: build.library("bitmask_linear").slimzoo_level() + 1]
@@ -356,8 +355,14 @@ def test_a_file_takes_what_the_format_says_and_gives_the_layer_back(dtype, tmp_p
     save_file(packed, tmp_path / "model.safetensors")
     formula = d_out * d_in * density * (dtype.itemsize + 4 / (block[0] * block[1]))
     assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(formula, rel=0.01)
-    row = {"d_out": d_out, "d_in": d_in, "block": list(block), "blocks": len(packed["blocks"])}
-    assert layer_bytes(row, dtype.itemsize) == sum(tensor.nbytes for tensor in packed.values())
+    row = {
+        "format": "block_sparse",
+        "d_out": d_out,
+        "d_in": d_in,
+        "block": list(block),
+        "blocks": len(packed["blocks"]),
+    }
+    assert row_bytes(row, dtype.itemsize) == sum(tensor.nbytes for tensor in packed.values())
     layer = BlockSparseLinear(d_in, d_out, bias=False, block=block, blocks=len(packed["blocks"]), dtype=dtype)
     layer.load_state_dict(load_file(tmp_path / "model.safetensors"))
     layer.validate("fc1")

@@ -45,7 +45,7 @@ def part(x, bits, group, packed, by_channel=False, spare=3):
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 100])
-def test_1_codes_take_exactly_their_bits(bits, size, tokens):
+def test_codes_take_exactly_their_bits(bits, size, tokens):
     x = numbers(2, 3, tokens, size)
     codes, scale, minimum = quantize_tokens(x, bits)
     assert codes.nbytes == 2 * 3 * tokens * size * bits // 8 and scale.nbytes + minimum.nbytes == 2 * 3 * tokens * 4
@@ -63,7 +63,7 @@ def test_1_codes_take_exactly_their_bits(bits, size, tokens):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_2_error_is_half_a_step_and_extremes_are_the_outer_codes(bits):
+def test_error_is_half_a_step_and_extremes_are_the_outer_codes(bits):
     x = numbers(2, 2, 64, 128, seed=bits)
     for grouped, quantised, back in (
         (x.unflatten(-1, (-1, 32)), quantize_tokens(x, bits, 32), dequantize_tokens),
@@ -85,7 +85,7 @@ def test_2_error_is_half_a_step_and_extremes_are_the_outer_codes(bits):
     assert (codes.gather(-1, at_low) == 0).all() and (codes.gather(-1, at_high) == 2**bits - 1).all()
 
 
-def test_2_constant_groups_are_exact_and_nothing_overflows():
+def test_constant_groups_are_exact_and_nothing_overflows():
     x = torch.full((1, 1, 32, 64), -1.5)
     assert torch.equal(dequantize_tokens(*quantize_tokens(x, 2), 2), x)
     assert torch.equal(dequantize_channels(*quantize_channels(x, 4, 32), 4), x)
@@ -142,7 +142,7 @@ def check(q, keys, values, mask, scaling=None):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("k_bits", "v_bits"), [*itertools.product(WIDTHS, WIDTHS), (16, 4), (8, 16)])
-def test_4_every_pair_both_modes_all_head_ratios(level, dtype, k_bits, v_bits, simd):
+def test_every_pair_both_modes_all_head_ratios(level, dtype, k_bits, v_bits, simd):
     simd(level)
     for (size, ratio), tokens in itertools.product(((64, 3), (128, 4), (96, 1), (80, 8)), (1, 33, 150)):
         seed = size + tokens

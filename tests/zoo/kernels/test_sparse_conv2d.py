@@ -42,7 +42,7 @@ GEOMETRIES = {
 
 @pytest.mark.parametrize("simd", range(len(LEVELS)))
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_check_6_equals_conv2d_with_the_masked_weight(name, simd, monkeypatch):
+def test_equals_conv2d_with_the_masked_weight(name, simd, monkeypatch):
     monkeypatch.setattr(package, "DENSEST", 1.0)
     monkeypatch.setattr(package, "level", lambda: min(simd, level()))
     geometry = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | GEOMETRIES[
@@ -61,7 +61,7 @@ def test_check_6_equals_conv2d_with_the_masked_weight(name, simd, monkeypatch):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_check_6_any_shape(data):
+def test_any_shape(data):
     draw = data.draw
     kernel, dilation = (tuple(draw(st.integers(1, top)) for _ in range(2)) for top in (4, 3))
     stride, padding = (tuple(draw(st.integers(low, 3)) for _ in range(2)) for low in (1, 0))

@@ -14,8 +14,8 @@ from torch import nn
 from zoo.errors import UserError
 from zoo.kernels.bitmask_linear import bitmask_expand
 from zoo.kernels.bitmask_linear.reference import pack_bitmask, unpack_mask
-from zoo.layers.bitmask_conv import BitmaskConv2d
-from zoo.layers.packing import CONV_FORMATS, FORMATS, pack_layers
+from zoo.layers.bitmask import BitmaskConv2d
+from zoo.layers.packing import FORMATS, pack_layers
 from zoo.layers.seeded_bitmask import SeededBitmaskConv2d, SeededBitmaskLinear, seeded_bitmask
 from zoo.random_mask import GENERATOR, bernoulli_count, digest, keys, random_mask
 
@@ -203,7 +203,8 @@ def test_expand_refuses_what_does_not_fit():
 
 
 def test_every_format_of_convolutions_is_one_of_linears():
-    assert CONV_FORMATS.keys() <= FORMATS.keys()
+    convolutions = {layer_class.format for layer_class in FORMATS if issubclass(layer_class, nn.Conv2d)}
+    assert convolutions and convolutions <= {c.format for c in FORMATS if issubclass(c, nn.Linear)}
 
 
 def test_a_tampered_seed_layer_count_or_digest_is_refused():

@@ -31,10 +31,10 @@ def example(kind: str, d_in: int = 40, d_out: int = 24, bias: bool = True, seed:
         tensors["wrap_out"] = torch.randn(d_out // 6, 6, 6, generator=generator)
         weight = torch.block_diag(*tensors["wrap_out"]) @ weight @ torch.block_diag(*tensors["wrap_in"])
     elif kind == "ragged":
-        layer = BitmaskLinear(d_in, d_out, bias, nnz=len(values))
+        layer = BitmaskLinear(d_in, d_out, bias=bias, nnz=len(values))
         tensors = {"values": values, "mask": packed_mask, "row_offsets": offsets}
     else:
-        layer = BitmaskLinear(d_in, d_out, bias, pattern=(n, m))
+        layer = BitmaskLinear(d_in, d_out, bias=bias, pattern=(n, m))
         tensors = {"values": values, "mask": packed_mask}
     if bias:
         tensors["bias"] = torch.randn(d_out, generator=generator)

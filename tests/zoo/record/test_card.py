@@ -10,7 +10,9 @@ from example_report import example_report, metric
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 
 from zoo.errors import UserError
-from zoo.record.card import CARDS, baseline_texts, compare, render_card
+from zoo.record.card import baseline_texts, render_card
+from zoo.record.compare import compare
+from zoo.record.format import CARDS
 from zoo.record.schema import check_report
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]\d+)?")
@@ -116,10 +118,10 @@ def test_every_method_of_the_recipe_has_a_card(method):
 
 @pytest.mark.parametrize("higher", [True, False])
 @pytest.mark.parametrize(
-    "ours, rival, verdict", [(10.0, 10.5, 1), (10.5, 10.0, -1), (10.0, 10.1, 0), (10.0, 10.0, 0)], ids=str
+    "ours, baseline, verdict", [(10.0, 10.5, 1), (10.5, 10.0, -1), (10.0, 10.1, 0), (10.0, 10.0, 0)], ids=str
 )
-def test_comparison_has_the_sign_of_the_metric_and_respects_the_spread(higher, ours, rival, verdict):
-    pair = [metric(v, 0.1, 2, "seeds", "ppl", higher, values=[v - 0.05, v + 0.05]) for v in (ours, rival)]
+def test_comparison_has_the_sign_of_the_metric_and_respects_the_spread(higher, ours, baseline, verdict):
+    pair = [metric(v, 0.1, 2, "seeds", "ppl", higher, values=[v - 0.05, v + 0.05]) for v in (ours, baseline)]
     expected = {0: "undecided", 1: "better", -1: "worse"}[-verdict if higher else verdict]
     assert compare(example_report(), "perplexity/A", *pair) == expected
 
@@ -162,6 +164,35 @@ def test_what_is_unknown_is_left_out():
     assert "$" not in card.text
 
 
+def test_tables_sweeps_and_figures_have_their_places():
+    text = render_card(example_report(), repo_id=None)
+    sizes, evidence = re.findall(r"\n## (?:Size|Evidence)\n(.*?)(?=\n## )", text, re.S)
+    assert "\n\nInvented sizes:\n\n|  | kB |\n| --- | ---: |\n| all | 63.17 |\n\nVery small.\n" in sizes
+    assert (
+        "Invented findings:\n\n| riddle | share |\n| --- | ---: |\n| easy | 0.7431 |\n| hard | 0.1357 |\n" in evidence
+    )
+    assert "Invented sizes" not in evidence and "Invented findings" not in sizes
+    assert "\n\nNothing was measured.\n\n![An invented figure](plots/invented.png)\n" in evidence
+    assert "| acc riddles by words of a riddle | 12 | 48 |" in evidence
+    assert "| armor | 0.623 ± 0.014 | 0.437 ± 0.014 |" in evidence
+    assert "![Riddles by length](plots/sweep-riddles-by-length.png)" in evidence
+
+
+def test_a_title_that_the_header_says_is_not_repeated():
+    report = example_report(tables={"a b": {"header": ["a b", "c"], "rows": [["d", "e"]]}})
+    text = render_card(report, repo_id=None)
+    assert "| a b | c |" in text and "a b:" not in text
+
+
+def test_untouched_weights_are_no_saving_but_what_the_method_lowers_is():
+    report = example_report(footprint={"what": "KV cache", "unit": "bytes", "dense": 8, "models": {"armor": 2}})
+    assert "| **armor** | **143.2 kB** |" in render_card(report, repo_id=None)
+    report["size"]["compressed_bytes"] = report["size"]["dense_bytes"]
+    text = render_card(report, repo_id=None)
+    assert "The weights are those of the base model, 197.5 kB." in text
+    assert "numbers stored" not in text and "Nothing is saved." not in text
+
+
 def test_the_card_shows_the_config_as_it_was():
     report = example_report()
     text = ModelCard(render_card(report, repo_id=None)).text
@@ -188,7 +219,7 @@ def nested(report, path, value):
 @pytest.mark.parametrize(
     "path, value, said",
     [
-        ("schema_version", 2, "schema_version 2"),
+        ("schema_version", 3, "schema_version 3"),
         ("data|calibration|sha256", None, "report.data.calibration lacks sha256"),
         ("size|compressed_bites", 5, "report.size.compressed_bites is unknown"),
         ("size|nonzero", 0, "size.nonzero is 0"),
@@ -208,6 +239,24 @@ def nested(report, path, value):
         ("compressed|perplexity/A|spread", 0.1, "is not the mean"),
         ("compressed", {}, "compressed is empty"),
         ("layers|1|name", "model.layers.0.mlp.up_proj", "up_proj is listed twice"),
+        ("layers|1|bits", "four", "bits is 'four'"),  # a key of a weight format
+        ("tables|Invented findings|rows", [["easy"]], "Invented findings: a row has 1 cells, the header 2"),
+        ("tables|Invented findings|header", [], "a header of one cell or more"),
+        ("tables|Invented sizes|section", "speed", "section 'speed'; one of evidence, sizes"),
+        (
+            "sweeps|Riddles by length|series|armor|0|metrics|acc/riddles|value",
+            1.2,
+            "length.armor.0..acc/riddles is 1.2",
+        ),
+        ("figures", {"../up": {"title": "", "panels": [{"series": []}]}}, "figures.../up: a file's name"),
+        ("figures|invented|panels", [], "figures.invented: .* one panel or more"),
+        ("figures|invented|panels|0|log", "xw", r"panels\[0\]: log 'xw'"),
+        ("figures|invented|panels|0|cells", {"row": [1, 2]}, "either series, or cells"),
+        ("figures|invented|panels|0|series|0|style", "pie", "style 'pie'; one of line, step"),
+        ("figures|invented|panels|0|series|0|error", [0.5], "lists of lengths {'x': 2, 'y': 2, 'error': 1}"),
+        ("figures|invented|panels|0|series|0|y", None, "of style line has lists"),
+        ("footprint", {"what": "cache", "unit": "bytes", "dense": 4, "models": {"wanda": 1}}, "lacks armor"),
+        ("footprint", {"what": "cache", "unit": "bytes", "dense": 0, "models": {"armor": 1}}, "footprint.dense is 0"),
     ],
 )
 def test_a_broken_report_is_refused_by_name(path, value, said):

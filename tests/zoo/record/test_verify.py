@@ -10,8 +10,11 @@ from example_report import EXAMPLE, runs_of, write_run
 from safetensors.torch import load_file, save_file
 
 from zoo.errors import UserError
+from zoo.folder import open_folder
+from zoo.layers.packing import row_bytes
 from zoo.record.card import render_card
-from zoo.record.verify import hash_files, layer_bytes, verify
+from zoo.record.hub import check_folder
+from zoo.record.verify import hash_files, verify
 
 PROJECTION = "model.layers.1.mlp.up_proj"
 
@@ -33,6 +36,16 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "armor")
+
+
+@pytest.fixture
+def stock(finished, tmp_path):
+    """A run that packed nothing: its model is a stock folder, as of a fine-tuned model or one of fewer blocks."""
+    folder = shutil.copytree(finished.parent / f"base-{finished.name}", tmp_path / "stock")
+    for name in ("report.json", "recipe.yaml"):
+        shutil.copy(finished / name, folder)
+    rewrite(folder, lambda report: report.update(layers=[], size=open_folder(folder).sizes()))
+    return folder
 
 
 def rewrite(folder, change):
@@ -104,6 +117,18 @@ def test_an_honest_folder_passes_in_every_format(tmp_path, kind):
     }
 
 
+def test_an_honest_stock_folder_passes_and_a_dishonest_one_does_not(stock):
+    assert failures(stock) == []
+    check_folder(stock)
+    rewrite(stock, lambda report: report["size"].update(compressed_bytes=report["size"]["compressed_bytes"] // 2))
+    assert {finding.check for finding in failures(stock)} == {"sizes"}
+    rewrite(stock, lambda report: report.update(layers=[EXAMPLE["layers"][0]]))
+    assert {finding.check for finding in failures(stock)} == {"config", "layers", "sizes"}
+    (stock / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        check_folder(stock)
+
+
 def test_a_published_card_names_its_repository_and_passes(folder):
     report = json.loads((folder / "report.json").read_text())
     (folder / "README.md").write_text(render_card(report, repo_id="org/name"))
@@ -118,7 +143,7 @@ def test_a_published_card_names_its_repository_and_passes(folder):
         (edit("README.md", "value: 12.51", "value: 9.99"), "card", "value: 9.99"),
         (edit("report.json", '"value": 12.51', '"value": 9.99'), "report", "perplexity/A: value 9.99"),
         (edit("report.json", '"seconds": 12.5', '"seconds": 12.5e4'), "card", "The run took"),
-        (edit("report.json", '"schema_version": 1', '"schema_version": NaN'), "report", "NaN is not a number"),
+        (edit("report.json", '"schema_version": 2', '"schema_version": NaN'), "report", "NaN is not a number"),
         (edit("recipe.yaml", "iters: 654", "iters: 655"), "config", "recipe.yaml"),
         (
             edit("slimzoo_layers_armor.py", "import torch", "import torch, os"),
@@ -127,7 +152,7 @@ def test_a_published_card_names_its_repository_and_passes(folder):
         ),
         (lambda folder: (folder / "stowaway.py").write_text(""), "files", "stowaway.py was added"),
         (remove_module, "files", r"slimzoo_\w+.py is missing"),
-        (cut_shard, "weights", "model.safetensors is damaged"),
+        (cut_shard, "weights", r"model.safetensors cannot be read .* the file is damaged"),
         (in_weights(lambda t: t[f"{PROJECTION}.wrap_in"][0, 1].fill_(torch.inf)), "weights", "up_proj.wrap_in"),
         (
             in_weights(lambda t: t[f"{PROJECTION}.core_mask"][2:3].fill_(7)),
@@ -151,6 +176,25 @@ def test_tampering_is_found_and_named(folder, tamper, check, said):
         edit("report.json", '"files": {', '"files": {"ghost.json": "00", ')(folder)
     found = failures(folder, None)
     assert any(finding.check == check and re.search(said, finding.message) for finding in found), found
+
+
+def test_settings_that_the_claims_rest_on_are_those_of_the_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    layers = [[8, 4]] * config["num_hidden_layers"]
+    table = {"mode": "per_token", "group_size": -1, "residual_length": 0, "layers": layers}
+    changed = config | {"kv_cache_quantization": {"method": "kvtuner", "version": 1, **table}}
+    (folder / "config.json").write_text(json.dumps(changed))
+    rewrite(folder, lambda report: None)
+    (finding,) = failures(folder, None)
+    assert finding.message == "kv_cache_quantization is in config.json only"
+    rewrite(folder, lambda report: report.update(settings={"kv_cache_quantization": table}))
+    assert failures(folder, None) == []
+    claimed = {"kv_cache_quantization": table | {"mode": "kivi"}, "drop": {"from_layer": 3}}
+    rewrite(folder, lambda report: report.update(settings=claimed))
+    assert [finding.message for finding in failures(folder, None)] == [
+        "kv_cache_quantization: mode is per_token in config.json and kivi in the report",
+        "drop: from_layer is None in config.json and 3 in the report",
+    ]
 
 
 def forged(value):
@@ -212,9 +256,9 @@ def test_damage_of_any_kind_is_a_finding_not_a_crash(folder):
 def test_bytes_of_a_layer_follow_the_paper(hidden, ffn, kv, overhead):
     """The overhead that the paper states for Qwen2.5 at block 128, from the bytes; without, 1 + 1/8 byte a weight."""
     shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(ffn, hidden)] * 2 + [(hidden, ffn)]
-    plain = [{"d_out": d_out, "d_in": d_in, "pattern": [2, 4]} for d_out, d_in in shapes]
-    wrapped = [row | {"block_out": 128, "block_in": 128} for row in plain]
+    plain = [{"format": "bitmask", "d_out": d_out, "d_in": d_in, "pattern": [2, 4]} for d_out, d_in in shapes]
+    wrapped = [row | {"format": "armor", "block_out": 128, "block_in": 128} for row in plain]
     dense = sum(d_out * d_in for d_out, d_in in shapes)
-    assert sum(layer_bytes(row, 2) for row in plain) == 1.125 * dense
-    extra = sum(layer_bytes(row, 2) for row in wrapped) - 1.125 * dense
+    assert sum(row_bytes(row, 2) for row in plain) == 1.125 * dense
+    extra = sum(row_bytes(row, 2) for row in wrapped) - 1.125 * dense
     assert extra / (2 * dense) == pytest.approx(overhead, abs=1e-4)

@@ -3,8 +3,8 @@ against.
 
 A group of numbers x is stored as codes of b bits with a scale s and a minimum m, both fp16:
     m = min x, s = (max x - min x) / (2^b - 1), code = clamp(round((x - m) / s), 0, 2^b - 1), x ~ code s + m
-(KVTuner, arXiv 2502.04420, section 3.1 of its sheet; the float minimum, as in KIVI's kernels). Codes are computed against
-the rounded m and s. Bytes hold 8 / b codes, planar: with n numbers along the packed axis, byte i has the codes of
+(KVTuner, arXiv 2502.04420, but with the float minimum, as in KIVI's kernels). Codes are computed against the rounded m
+and s. Bytes hold 8 / b codes, planar: with n numbers along the packed axis, byte i has the codes of
 numbers i, i + n b / 8, i + 2 n b / 8, … from the low bits up, so that unpacking shifts and masks but moves nothing.
 
 By token (`quantize_tokens`; values, and keys in per-token mode): a group is g numbers of one token and head, g = -1 the

@@ -5,14 +5,17 @@ import re
 import statistics
 
 import pytest
-from example_report import EXAMPLE, example_report, metric, write_run
+from example_report import EXAMPLE, VERSION_1, example_report, metric, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.common.core import plots, report
+from recipes.common.data.base_models import BaseModel
+from recipes.common.domains.language import task_row
 from zoo.errors import UserError
+from zoo.folder import open_folder
+from zoo.record.card import render_card
 from zoo.record.schema import check_report, read_report
-from zoo.record.verify import weight_files
 
 
 @settings(deadline=None)
@@ -23,7 +26,8 @@ def test_seeds_give_mean_and_sample_deviation_that_the_schema_accepts(values):
     squares = sum((v - merged["value"]) ** 2 for v in values)
     assert merged["spread"] ** 2 * (len(values) - 1) == pytest.approx(squares, rel=1e-9, abs=1e-9)
     assert (merged["n"], merged["n_of"], merged["values"]) == (len(values), "seeds", values)
-    checked = example_report(dense={"perplexity/A": metric(2.0)}, baselines={}, seeds=list(range(len(values))))
+    seeds = list(range(len(values)))
+    checked = example_report(dense={"perplexity/A": metric(2.0)}, baselines={}, sweeps={}, seeds=seeds)
     check_report(checked | {"compressed": {"perplexity/A": merged}})
 
 
@@ -36,7 +40,7 @@ def test_a_built_report_describes_the_folder(tmp_path):
     folder = write_run(tmp_path / "armor")
     built = read_report(folder / "report.json")
     data_bytes = sum(  # what follows each header
-        file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in weight_files(folder)
+        file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in open_folder(folder).files
     )
     size = built["size"]
     assert size["compressed_bytes"] == data_bytes
@@ -56,17 +60,17 @@ def test_a_built_report_describes_the_folder(tmp_path):
 
 
 def test_tasks_of_the_packages_are_pinned_in_the_report():
-    row = report.task_row("step_inference", 50)
+    row = task_row("step_inference", 50)
     assert row["name"] == "bigbench" and row["version"] == "1.0.0" and len(row["sha256"]) == 64
-    assert report.task_row("hellaswag", 50)["version"].startswith("lm-eval ")
+    assert task_row("hellaswag", 50)["version"].startswith("lm-eval ")
 
 
 def test_language_comes_from_the_base_models_card(tmp_path):
-    base = type("Base", (), {"id": "made-up/base", "path": tmp_path})
-    assert report.languages(base) == []
+    base = BaseModel("made-up/base", tmp_path, None, "ef" * 32, 4321, None, "llama")
+    assert base.languages() == []
     for stated, wanted in (("fr", ["fr"]), ("[fr, oc]", ["fr", "oc"])):
         (tmp_path / "README.md").write_text(f"---\nlanguage: {stated}\n---\n")
-        assert report.languages(base) == wanted
+        assert base.languages() == wanted
 
 
 def test_table_holds_every_model_and_marks_against_dense():
@@ -91,6 +95,19 @@ def test_a_better_metric_is_marked_better():
     better["compressed"]["perplexity/A"].update(value=9.0, values=[8.9, 9.1], spread=statistics.stdev([8.9, 9.1]))
     check_report(better)
     assert "9.00 ± 0.14 +" in report.render_table(better)
+
+
+def test_what_is_lowered_besides_the_weights_is_a_line_and_the_axis_of_the_plot(tmp_path, figures):
+    models = {"armor": 1_234, "wanda": 2_345}
+    lowered = {"what": "KV cache", "unit": "bytes a token", "dense": 5_678, "models": models}
+    lines = report.render_table(example_report(footprint=lowered)).splitlines()
+    assert "KV cache: 1,234 of 5,678 bytes a token (21.7 %)" in lines
+    for unit, scale in (("bytes a token", 1000), ("tokens an image", 1)):
+        plots.draw(example_report(footprint=lowered | {"unit": unit}), tmp_path)
+        figure = figures["quality_size.png"]
+        places = {bars.get_label(): bars.lines[0].get_xdata()[0] for bars in figure.axes[0].containers}
+        assert places == {"dense": 5_678 / scale, "armor": 1_234 / scale, "wanda": 2_345 / scale}
+        assert figure.get_supxlabel() == f"KV cache, {unit.replace('bytes', 'kB')}"
 
 
 def test_failing_to_render_writes_neither_report_nor_card(tmp_path):
@@ -144,6 +161,78 @@ def test_plots_show_the_numbers_of_the_report(tmp_path, figures):
     }
     (across,) = [line for line in first.lines if line.get_label() == "sparsegpt"]  # a size that nobody stated
     assert list(across.get_ydata()) == [EXAMPLE["baselines"]["sparsegpt"]["perplexity/A"]["value"]] * 2
+
+
+def test_sweeps_are_drawn_with_their_spread(tmp_path, figures):
+    (axis,) = draw_all(example_report(), tmp_path, figures)["sweep-riddles-by-length"].axes
+    (bars,) = axis.containers
+    assert (list(bars.lines[0].get_xdata()), axis.get_xscale(), axis.get_title()) == (
+        [12, 48],
+        "log",
+        "Riddles by length",
+    )
+    assert list(bars.lines[0].get_ydata()) == pytest.approx([0.623, 0.437])
+    ends = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
+    assert [high - low for low, high in ends] == pytest.approx([2 * 0.02 / 2**0.5] * 2)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("words of a riddle", "acc riddles")
+
+
+def draw_all(drawn_report, folder, figures):
+    """{stem: figure} of all plots that the card links."""
+    plots.draw(drawn_report, folder)
+    linked = set(re.findall(r"\(plots/([^)]*)\)", render_card(drawn_report, repo_id=None)))
+    assert linked == figures.keys() == {path.name for path in (folder / "plots").iterdir()}
+    return {name.removesuffix(".png"): figure for name, figure in figures.items()}
+
+
+def test_described_figures_show_their_numbers(tmp_path, figures):
+    """Every style, on the figures of an old report: two panels of curves, two of scores, a heat map, a front."""
+    built = read_report(VERSION_1 / "report.json")
+    drawn = draw_all(built, tmp_path, figures)
+
+    curves = drawn["curves"]
+    shown = built["figures"]["curves"]["panels"]
+    assert [axis.get_title() for axis in curves.axes] == [panel["title"] for panel in shown]
+    assert [axis.get_yscale() for axis in curves.axes] == ["log", "linear"]
+    (legend,) = curves.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["lim", "random"]
+    for axis, panel in zip(curves.axes, shown, strict=True):
+        points = {(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in axis.lines}
+        assert points >= {(tuple(series["x"]), tuple(series["y"])) for series in panel["series"]}
+        (bars,) = [bars for bars in axis.containers if bars.get_label() == "random"]
+        ends = [segment[:, 1] for segment in bars.lines[2][0].get_segments()]
+        assert [high - low for low, high in ends] == pytest.approx([2 * e for e in panel["series"][1]["error"]])
+
+    for axis, panel in zip(drawn["importance"].axes, built["figures"]["importance"]["panels"], strict=True):
+        (series,) = panel["series"]
+        cover = {
+            line.get_xdata()[0]: line.get_ydata()[0] for line in axis.lines if line.get_markerfacecolor() == "white"
+        }
+        assert cover == {x: y for x, y, is_open in zip(*map(series.get, ("x", "y", "open")), strict=True) if is_open}
+        assert sorted(cover) == [2, 3]
+    assert drawn["importance"].get_supxlabel() == "block; filled: 4 bits, open: fewer"
+
+    (axis,) = drawn["cache_bits"].axes
+    assert axis.images[0].get_array().tolist() == [[8, 4, 4, 4], [8, 2, 2, 4]]
+    written = {(int(text.get_position()[0]), int(text.get_position()[1])): text.get_text() for text in axis.texts}
+    assert len(written) == 8 and (written[0, 0], written[1, 1], written[3, 1]) == ("8", "2", "4")
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["keys", "values"]
+    assert {axis.texts[place].get_color() for place in (0, 4)} == {"white"} and axis.texts[1].get_color() == "black"
+
+    (axis,) = drawn["cache_front"].axes
+    lines = {line.get_label(): line for line in axis.lines}
+    series = {line["name"]: line for line in built["figures"]["cache_front"]["panels"][0]["series"]}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == list(series)
+    assert (
+        list(lines["evaluated"].get_ydata()) == series["evaluated"]["y"]
+        and lines["evaluated"].get_linestyle() == "None"
+    )
+    steps = next(bars for bars in axis.containers if bars.get_label() == "front").lines[0]
+    assert steps.get_drawstyle() == "steps-post" and list(steps.get_xdata()) == series["front"]["x"]
+    assert list(lines["chosen"].get_xdata()) == [4.5, 4.5]
+    notes = {note.get_text(): note.xy for note in axis.texts}
+    assert notes == {"KV8": (8.0, 0.0012), "KV4": (4.0, 0.0931), "K4V2": (3.0, 0.4237)}
+    assert axis.get_yscale() == "log" and axis.get_ylabel() == "KL to the 16-bit model, nats a token"
 
 
 def test_layers_of_any_model_have_a_place():

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes.common.data import base_models
-from recipes.common.data.base_models import check_finite, degrid_block, open_tensors, resolve_model
+from recipes.common.data.base_models import check_finite, degrid_block, resolve_model
 from recipes.common.data.texts import evaluation_windows, load_text
 from zoo.errors import UserError
+from zoo.folder import open_folder
 
 real_snapshot_download = base_models.snapshot_download
 
@@ -70,10 +71,10 @@ def test_the_hash_of_shards_is_that_of_sha256sum_and_changes_with_any_bit(sharde
 def test_tensors_of_shards_are_those_of_the_model(sharded):
     state = tiny_llama().state_dict()
     del state["lm_head.weight"]  # tied
-    tensors = open_tensors(sharded)
+    tensors = open_folder(sharded).tensors
     assert set(tensors) == set(tensors.keys()) == set(state) and len(tensors) == len(state)
     for name in tensors:
-        torch.testing.assert_close(tensors.get(name), state[name], rtol=0, atol=0)
+        torch.testing.assert_close(tensors[name], state[name], rtol=0, atol=0)
         assert tensors.shape(name) == list(state[name].shape)
     assert "lm_head.weight" not in tensors
 
@@ -83,8 +84,8 @@ def test_a_weight_that_is_not_finite_is_named(sharded, bad):
     check_finite(sharded)
     name = "model.layers.1.mlp.up_proj.weight"
     file = sharded / json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"][name]
-    tensors = {key: open_tensors(sharded).get(key).clone() for key in open_tensors(sharded)}
-    mine = {key: tensor for key, tensor in tensors.items() if open_tensors(sharded)._file_of[key] == file}
+    whole = open_folder(sharded).tensors
+    mine = {key: whole[key].clone() for key in whole if whole.file_of[key] == file}
     mine[name][3, 5] = bad
     save_file(mine, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name} holds NaN or Inf"):
@@ -252,11 +253,11 @@ def grid_error(weight: torch.Tensor) -> float:
 def test_the_degridded_model_is_the_same_function_off_the_grid():
     raw, moved = resolve_model("smollm2-135m-instruct"), resolve_model("smollm2-135m-instruct-degridded")
     assert raw.parameters == moved.parameters and raw.sha256 != moved.sha256 and len(moved.notes) == 2
-    for name in open_tensors(raw.path):
+    for name in open_folder(raw.path).tensors:
         if name.endswith("_proj.weight") and ".layers.7." in name:
-            assert grid_error(open_tensors(raw.path).get(name)) < 1e-9
+            assert grid_error(open_folder(raw.path).tensors[name]) < 1e-9
             # q and k move by their columns only, so do the rest at least
-            assert 3e-3 < grid_error(open_tensors(moved.path).get(name)) < 2e-2
+            assert 3e-3 < grid_error(open_folder(moved.path).tensors[name]) < 2e-2
     tokenizer = AutoTokenizer.from_pretrained(moved.path)
     windows = evaluation_windows(load_text("B"), tokenizer, 256, 2)
     with torch.inference_mode():

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import Packing, make_base
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ResNetConfig, ResNetForImageClassification
 from transformers.utils.quantization_config import GgufConfig
 
 from recipes.common.data.base_models import resolve_model
-from recipes.common.export.engines import export_compressed_tensors, export_dense, export_gguf, pre_tokenizer_name
+from recipes.common.export import EXPORTS, export_as
+from recipes.common.export.compressed_tensors import export_compressed_tensors
+from recipes.common.export.dense import export_dense
+from recipes.common.export.gguf import export_gguf, pre_tokenizer_name
 from zoo.errors import UserError
 
 IDS = torch.tensor([[5, 60, 7, 200, 31, 9, 101, 77]])
@@ -28,10 +31,12 @@ def packed(tmp_path, family, kind="armor"):
     return tmp_path / "packed"
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama", "armor"), ("qwen2", "2:4"), ("gemma3_text", "armor")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "armor"), ("qwen2", "2:4"), ("llama", "ragged"), ("gemma3_text", "armor")]
+)
 def test_dense_export_is_a_stock_folder(tmp_path, family, kind, monkeypatch):
     folder = packed(tmp_path, family, kind)
-    monkeypatch.setattr("recipes.common.export.engines.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("recipes.common.export.dense.SHARD_BYTES", 50_000)
     export_dense(folder, tmp_path / "dense", dtype="float32")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert config["model_type"] == family and "auto_map" not in config and "compression_config" not in config
@@ -142,6 +147,20 @@ def test_the_real_base_survives_gguf(tmp_path):
     text = "Tokens: 12, 'quoted'  spaced\n"
     ours = AutoTokenizer.from_pretrained(base.path)(text).input_ids
     assert AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")(text).input_ids == ours
+
+
+def test_exports_by_name_refuse_what_they_cannot_write(tmp_path):
+    folder = packed(tmp_path, "llama")
+    with pytest.raises(UserError, match="--export onnx: one of dense, gguf-f16"):
+        export_as(folder, tmp_path / "out", "onnx")
+    export_as(folder, tmp_path / "out", "dense")
+    assert torch.allclose(logits(tmp_path / "out"), logits(folder), atol=0.1)  # bfloat16
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "images")
+    for kind in EXPORTS.keys() - {"dense"}:
+        with pytest.raises(UserError, match=f"--export {kind}: image models export as dense only"):
+            export_as(tmp_path / "images", tmp_path / "images-out", kind)
+    assert not (tmp_path / "images-out").exists()
 
 
 def test_refusals_leave_nothing(tmp_path):

@@ -1,10 +1,10 @@
-"""The kind of recipe for image classifiers: what it refuses before any work."""
+"""The loop that trains: what it refuses before any work."""
 
 import pytest
 import torch
 from PIL import Image
 
-from recipes.common.core.recipe import main
+from recipes.common.core.cli import main
 
 
 def test_a_folder_where_the_dense_model_would_go_is_not_touched(tmp_path, capsys):

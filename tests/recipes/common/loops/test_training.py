@@ -1,7 +1,9 @@
-"""Training: schedules, the best epoch, resume to the last bit, distillation, two processes."""
+"""Training: schedules, the best epoch, resume to the last bit, losses, groups, hooks, distillation, two processes."""
 
 import os
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -9,15 +11,19 @@ import pytest
 import torch
 from launching import TWO_PROCESSES
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from recipes.common.data.image_batches import ImageTensors
+from recipes.common.domains.classification import Classification
 from recipes.common.loops import training
-from recipes.common.loops.training import Schedule, train
+from recipes.common.loops.training import Schedule
 from zoo.errors import UserError
 
 SIDE = 16
 SCHEDULE = Schedule(epochs=3, batch_size=16, lr=1e-2, optimizer="adamw", weight_decay=0.01, warmup_epochs=1)
+
+
+train = partial(training.train, loss=Classification.training_loss, score=Classification.score)
 
 
 def images(count: int, seed: int, augment: bool = False) -> ImageTensors:
@@ -122,10 +128,78 @@ def test_a_teacher_draws_predictions_towards_its_own(tmp_path):
     means = {}
     for name, chosen in (("alone", None), ("taught", teacher)):
         model = tiny_vit()
-        train(model, data, held_out, SCHEDULE, tmp_path / name, seed=0, teacher=chosen)
+        loss = partial(Classification.training_loss, teacher=chosen and chosen.eval())
+        train(model, data, held_out, SCHEDULE, tmp_path / name, seed=0, loss=loss)
         batch = torch.stack([held_out[i]["pixel_values"] for i in range(32)])
         means[name] = model.eval()(batch).logits.softmax(-1)[:, 0].mean().item()
     assert means["taught"] > means["alone"] + 0.05
+
+
+def test_labels_are_smoothed_while_the_model_trains_and_not_in_validation(tmp_path):
+    seen = []
+
+    def loss(model, batch, smoothing):
+        seen.append((model.training, smoothing))
+        return Classification.training_loss(model, batch, smoothing)
+
+    schedule = Schedule(epochs=1, batch_size=16, lr=1e-2, label_smoothing=0.25)
+    train(tiny_vit(), images(32, seed=1), images(8, seed=2), schedule, tmp_path, seed=0, loss=loss)
+    assert seen == [(True, 0.25)] * 2 + [(False, 0.0)]
+
+
+def test_half_of_the_loss_is_the_teachers():
+    model, teacher = tiny_vit().train(), tiny_vit().eval()
+    with torch.no_grad():
+        teacher.classifier.bias.add_(torch.tensor([1.0, 0.0]))
+    batch = images(8, seed=1).batch(list(range(8)))
+    loss, outputs = Classification.training_loss(model, batch, 0.1, teacher)
+    p, q = (m(batch["pixel_values"]).logits.log_softmax(-1) for m in (model, teacher))
+    target = torch.nn.functional.one_hot(batch["labels"], 2) * 0.9 + 0.05
+    wanted = -(target * p).sum(-1).mean() / 2 + (q.exp() * (q - p)).sum(-1).mean() / 2
+    torch.testing.assert_close(loss, wanted)
+    assert outputs["logits"].shape == (8, 2)
+    plain = -(target * p).sum(-1).mean()
+    torch.testing.assert_close(Classification.training_loss(model.eval(), batch, 0.1, teacher)[0], plain)
+
+
+def test_the_score_chooses_the_epoch_and_less_is_better_of_a_loss(tmp_path):
+    scores = {}
+    for name in ("worth", "some_loss"):
+        values, model = iter([1.0, 3.0, 2.0]), tiny_vit()
+        log = train(
+            *(model, images(32, seed=1), images(8, seed=2), SCHEDULE, tmp_path / name),
+            seed=0,
+            score=(name, lambda predicted, values=values: next(values)),
+        )
+        assert [entry[f"eval_{name}"] for entry in log if f"eval_{name}" in entry] == [1.0, 3.0, 2.0]
+        scores[name] = state(model)
+    after_one = tiny_vit()  # the schedule of three epochs, stopped after one
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    train(after_one, images(32, seed=1), images(8, seed=2), SCHEDULE, tmp_path / "one", seed=0, callbacks=[Stop()])
+    assert all(torch.equal(tensor, after_one.state_dict()[name]) for name, tensor in scores["some_loss"].items())
+    assert any(not torch.equal(tensor, scores["worth"][name]) for name, tensor in scores["some_loss"].items())
+
+
+def test_groups_choose_what_is_trained_and_hooks_see_every_step(tmp_path):
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.steps += 1
+
+    count, model, begin = Count(), tiny_vit(), state(tiny_vit())
+    train(
+        *(model, images(32, seed=1), images(8, seed=2), SCHEDULE, tmp_path),
+        seed=0,
+        groups=lambda model: [{"params": [model.classifier.weight], "weight_decay": 0.0}],
+        callbacks=[count],
+    )
+    moved = {name for name, tensor in begin.items() if not torch.equal(tensor, model.state_dict()[name])}
+    assert moved == {"classifier.weight"} and count.steps == 3 * 2
 
 
 SCRIPT = """
@@ -148,7 +222,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [*TWO_PROCESSES, str(script), str(tmp_path / "two"), str(Path(__file__).parent)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     first, second = (load_file(tmp_path / f"two-{rank}.safetensors") for rank in range(2))

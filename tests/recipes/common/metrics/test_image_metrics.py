@@ -42,7 +42,9 @@ from recipes.common.metrics.images import (
     survives,
 )
 from zoo.errors import UserError
-from zoo.record.card import compare, metric_source, metric_title
+from zoo.record.card import metric_source
+from zoo.record.compare import compare
+from zoo.record.format import metric_title
 from zoo.record.schema import _check_metric
 
 

@@ -1,8 +1,7 @@
-"""Perplexity, tasks and speed against their definitions, on models small enough to compute by hand."""
+"""Perplexity and tasks against their definitions, on models small enough to compute by hand."""
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -14,9 +13,7 @@ from recipes.common.data.texts import evaluation_windows, load_text
 from recipes.common.metrics import language as evaluation
 from recipes.common.metrics.language import (
     LOCAL_TASKS,
-    compare_speed,
     perplexity,
-    ratio,
     read_items,
     run_tasks,
     window_nlls,
@@ -217,46 +214,3 @@ def test_an_unknown_task_is_told_with_those_there_are(smollm2):
         UserError, match="--tasks step_inferense: no such task; there are step_inference, goal_inference"
     ):
         run_tasks(tiny_llama(), smollm2[1], ["similarities_abstraction", "step_inferense"], limit=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------- speed
-
-
-class Recorder(LlamaForCausalLM):
-    """A model that notes each call's name and number of tokens, and takes its time over them."""
-
-    def __init__(self, name: str, seconds: float, log: list):
-        super().__init__(tiny_llama().config)
-        self.name, self.seconds, self.log = name, seconds, log
-
-    def forward(self, input_ids, **kwargs):
-        self.log.append((self.name, input_ids.shape[1]))
-        time.sleep(self.seconds)
-        return super().forward(input_ids, **kwargs)
-
-
-def test_speeds_are_measured_in_turns_after_a_warm_up():
-    log = []
-    models = {name: Recorder(name, seconds, log) for name, seconds in (("fast", 0.01), ("slow", 0.03))}
-    raw = compare_speed(models, prompt_tokens=7, new_tokens=4, repeats=3)
-    turn = [7, 1, 1, 1, 1]
-    assert [(name, n) for name, n in log[6:]] == [
-        (name, n) for name in ("fast", "slow", "slow", "fast", "fast", "slow") for n in turn
-    ]
-    assert [n for _, n in log[:6]] == [7, 1, 1] * 2
-    assert {name: {key: len(values) for key, values in lists.items()} for name, lists in raw.items()} == {
-        name: {"prefill_seconds": 3, "decode_tokens_per_s": 3} for name in models
-    }
-    assert all(0.03 < seconds < 0.5 for seconds in raw["slow"]["prefill_seconds"])
-    assert all(5 < speed < 1 / 0.03 for speed in raw["slow"]["decode_tokens_per_s"])
-    faster = ratio(raw["fast"]["decode_tokens_per_s"], raw["slow"]["decode_tokens_per_s"])
-    assert faster["value"] > 1.2
-
-
-def test_a_ratio_pairs_its_rounds():
-    entry = ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
-    assert (entry["value"], entry["spread"]) == (2.0, 1.0)
-    assert (entry["n"], entry["n_of"], entry["unit"], entry["higher_is_better"]) == (3, "runs", "ratio", True)
-    assert ratio([3.0], [2.0])["spread"] is None
-    with pytest.raises(ValueError):
-        ratio([1.0, 2.0], [1.0])

@@ -1,4 +1,4 @@
-"""Layer-wise densities: the sheet's golden values, exact budgets, refusals."""
+"""Layer-wise densities: values worked out for known networks, exact budgets, refusals."""
 
 import math
 
@@ -60,11 +60,11 @@ def total(shapes):
     return sum(map(math.prod, shapes.values()))
 
 
-# ------------------------------------------------------------------------------------------------------------ check 1
+# -------------------------------------------------------------------------------------------------- ratios and budgets
 
 
 @pytest.mark.parametrize("density", GOLDEN)
-def test_check_1_the_golden_table_of_resnet_20(resnet20, density):
+def test_the_golden_table_of_resnet_20(resnet20, density):
     wanted, macs, dense = GOLDEN[density]
     assert (len(resnet20), total(shapes_of(resnet20))) == (22, 270_896)
     assert sum(layer.macs for layer in resnet20.values()) == 40_813_184
@@ -75,13 +75,13 @@ def test_check_1_the_golden_table_of_resnet_20(resnet20, density):
 
 
 @pytest.mark.parametrize(("density", "rest"), [(0.1, 0.09832), (0.05, 0.04812)])
-def test_check_1_uniform_plus_keeps_its_budget(resnet20, density, rest):
+def test_uniform_plus_keeps_its_budget(resnet20, density, rest):
     found = list(layer_densities(shapes_of(resnet20), density, "uniform_plus").values())
     assert found[0] == 1 and found[-1] == 0.2
     assert found[1:-1] == pytest.approx([rest] * 20, abs=5.1e-6)
 
 
-def test_check_1_the_golden_values_of_wide_resnet_50_2(wide50):
+def test_the_golden_values_of_wide_resnet_50_2(wide50):
     shapes = shapes_of(wide50)
     assert total(shapes) == 68_814_016
     erk, plus = (layer_densities(shapes, 0.2, ratio) for ratio in ("erk", "erk_plus"))
@@ -95,7 +95,7 @@ def test_check_1_the_golden_values_of_wide_resnet_50_2(wide50):
 
 @pytest.mark.parametrize("ratio", FORMULAS)
 @pytest.mark.parametrize("density", [0.02, 0.05, 0.1, 0.37, 0.5, 0.9, 1.0])
-def test_check_1_every_ratio_spends_its_budget_exactly(resnet20, ratio, density):
+def test_every_ratio_spends_its_budget_exactly(resnet20, ratio, density):
     shapes = shapes_of(resnet20)
     found = layer_densities(shapes, density, ratio)
     assert list(found) == list(shapes)
@@ -115,7 +115,7 @@ def random_shapes():
 
 @settings(deadline=None, max_examples=150)
 @given(random_shapes(), st.floats(0.01, 1), st.sampled_from(FORMULAS))
-def test_check_1_budgets_hold_for_any_shapes(shapes, density, ratio):
+def test_budgets_hold_for_any_shapes(shapes, density, ratio):
     try:
         found = layer_densities(shapes, density, ratio)
     except UserError:
@@ -137,7 +137,7 @@ def test_check_1_budgets_hold_for_any_shapes(shapes, density, ratio):
         assert not kept or max(kept) == pytest.approx(min(kept))
 
 
-def test_check_1_erk_plus_with_erks_own_classifier_is_erk(resnet20):
+def test_erk_plus_with_erks_own_classifier_is_erk(resnet20):
     shapes = shapes_of(resnet20)
     for density in (0.03, 0.05, 0.5):
         erk = layer_densities(shapes, density, "erk")
@@ -145,7 +145,7 @@ def test_check_1_erk_plus_with_erks_own_classifier_is_erk(resnet20):
         assert plus == pytest.approx(erk, rel=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------- check 11
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_check_1_erk_plus_with_erks_own_classifier_is_erk(resnet20):
         (1.0, "erk_plus", {"fc_density": 0.5}, "at most 0.9988 can be kept; raise --fc_density"),
     ],
 )
-def test_check_11_unknown_ratios_and_infeasible_budgets_are_refused(resnet20, density, ratio, options, message):
+def test_unknown_ratios_and_infeasible_budgets_are_refused(resnet20, density, ratio, options, message):
     with pytest.raises(UserError, match=message):
         layer_densities(shapes_of(resnet20), density, ratio, **options)
 
 
-def test_check_11_no_layer_is_left_without_a_weight():
+def test_no_layer_is_left_without_a_weight():
     sizes = {"a": 10, "b": 1000, "c": 100_000}
     counts = layer_counts(dict.fromkeys(sizes, 0.0005), sizes)
     assert counts == {"a": 1, "b": 1, "c": 49}

@@ -64,7 +64,7 @@ def test_prunable_are_convolutions_and_linears_only():
     assert names == {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
 
 
-def test_5_snip_is_the_derivative_by_a_factor_on_each_weight():
+def test_snip_is_the_derivative_by_a_factor_on_each_weight():
     model = small_resnet()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = [batch(6, 8, 0), batch(6, 8, 1)]
@@ -94,7 +94,7 @@ def gradient_of(model, halves, temperature, weights: dict) -> dict:
     return dict(zip(weights, found, strict=True))
 
 
-def test_5_grasp_is_a_finite_difference_of_the_gradient():
+def test_grasp_is_a_finite_difference_of_the_gradient():
     model, temperature, step = smooth_net(), 2.0, 1e-5
     halves = [batch(5, 8, 0, torch.float64), batch(5, 8, 1, torch.float64)]
     scores = grasp_scores(model, halves, temperature)
@@ -108,7 +108,7 @@ def test_5_grasp_is_a_finite_difference_of_the_gradient():
         torch.testing.assert_close(score, wanted[name] / total, rtol=1e-3, atol=1e-6)
 
 
-def test_5_grasp_removes_the_weights_without_which_the_gradient_grows():
+def test_grasp_removes_the_weights_without_which_the_gradient_grows():
     """The paper removes the largest -w * H g: taking such weights back raises the norm of the gradient."""
     model, temperature = smooth_net(), 1.0
     halves = [batch(8, 8, 0, torch.float64)]
@@ -137,7 +137,7 @@ def plain_vgg() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 4, bias=False))
 
 
-def test_4_synflow_is_conserved_layer_by_layer():
+def test_synflow_is_conserved_layer_by_layer():
     model = plain_vgg()
     scores = synflow_scores(model, (3, 8, 8))
     positive = copy.deepcopy(model).double()
@@ -150,7 +150,7 @@ def test_4_synflow_is_conserved_layer_by_layer():
         assert score.sum().item() == pytest.approx(flow.item(), rel=1e-10)
 
 
-def test_4_synflow_empties_no_layer_and_keeps_its_budget():
+def test_synflow_empties_no_layer_and_keeps_its_budget():
     model = plain_vgg()
     masks = synflow_masks(model, (3, 8, 8), density=0.01, rounds=100)
     total = sum(mask.numel() for mask in masks.values())
@@ -160,7 +160,7 @@ def test_4_synflow_empties_no_layer_and_keeps_its_budget():
     assert any(not torch.equal(masks[name], one_round[name]) for name in masks)
 
 
-def test_4_synflow_costs_what_the_paper_says_of_resnet_34(resnet_34):
+def test_synflow_costs_what_the_paper_says_of_resnet_34(resnet_34):
     """10.91 M parameters kept cost 2.78 G MACs (Table 1); here 10 of the rounds, of which 20 give 2.783 G."""
     weights = sum(weight.numel() for weight in prunable_weights(resnet_34).values())
     others = sum(parameter.numel() for parameter in resnet_34.parameters()) - weights
@@ -171,12 +171,12 @@ def test_4_synflow_costs_what_the_paper_says_of_resnet_34(resnet_34):
     assert macs == pytest.approx(2.783e9, rel=0.005)
 
 
-def test_9_float32_overflows_and_says_so(resnet_34):
+def test_float32_overflows_and_says_so(resnet_34):
     with pytest.raises(UserError, match=r"float32.*snip"):
         synflow_scores(resnet_34, (3, 96, 96), dtype=torch.float32)
 
 
-def test_9_clipping_activations_are_taken_out():
+def test_clipping_activations_are_taken_out():
     torch.manual_seed(0)
     model = MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.35, num_labels=4))
     generator = torch.Generator().manual_seed(0)
