@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ RUNS = {
             "--backend gptq --model {inputs}/qwen --dtype float32 --baselines lim random rtn"
             " --export dense gguf-packed compressed-tensors",
         ),
-        "head": ("--backend rtn --symmetric --scale_search --head_bits 8 --baselines lim rtn --curve_points 0",),
+        "head": ("--backend rtn --symmetric --scale_search --head_bits 8 --baselines zd gptq --curve_points 0",),
         "three widths": (
             "--levels 4,3,2 --avg_bits 3 --importance sensitivity --baselines lim random reversed dropped",
         ),
@@ -130,8 +131,8 @@ RUNS = {
             " --densities 1 --baselines block-lamp wanda",
         ),
         "every layer": (
-            "--seeds 1 --include_embed --include_head --ragged --budget energy --energy_table {inputs}/energy.yaml"
-            f" --target_fn ce --densities 0.4 {NO_BASELINES}",
+            "--seeds 1 --block 4 --include_embed --include_head --ragged --budget energy --target_fn ce --densities 0.4"
+            f" --energy_table {{inputs}}/energy.yaml {NO_BASELINES}",
         ),
         "own base": (f"--model vit-tiny --seeds 1 --densities 1 {NO_BASELINES}", "verify out"),
         "again": (f"--config {{old}}/lpvit/own-base/out/recipe.yaml {NO_BASELINES}",),
@@ -148,9 +149,13 @@ RUNS = {
             " --baselines snip-mask grasp-mask uniform-mask",
         ),
         "mobilenet": (
-            f"--model mobilenet-v2 --source synflow --density_map ratio --width_multiple 2 --seeds 1 {NO_BASELINES}",
+            "--model mobilenet-v2 --source synflow --score_rounds 2 --density_map producer --width_multiple 2 --seeds 1"
+            f" --train_items 64 {NO_BASELINES}",
         ),
-        "cifar10": (f"--dataset cifar10 --train_items 200 --mode flops --schedule step --seeds 1 {NO_BASELINES}",),
+        "cifar10": (
+            "--dataset cifar10 --train_items 200 --mode flops --epochs 2 --schedule step --lr_drops 1 --seeds 1"
+            f" {NO_BASELINES}",
+        ),
         "preconfig": (f"--preconfig --budget_params 0.9 --budget_flops 1 --optimizer adamw --seeds 1 {NO_BASELINES}",),
         "plan": ("--dry_run --source grasp",),
         "again": ("--config {old}/precropping/snip/out/recipe.yaml",),
@@ -502,7 +507,7 @@ def with_needs(chosen: list[Job], everything: list[Job]) -> list[Job]:
 
 
 def make_inputs(folder: Path) -> None:
-    """Random models, a text, images of three classes, and small files, the same ones for every run."""
+    """Random models, a text, images of four classes, and small files, the same ones for every run."""
     from pydoc_data.topics import topics
 
     import torch
@@ -515,13 +520,13 @@ def make_inputs(folder: Path) -> None:
         make_base(folder / name, family, **shape | changes)
     (folder / "text.txt").write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000])
     generator = torch.Generator().manual_seed(0)
-    classes = {"red": 0, "green": 1, "blue": 2}
+    classes = {"red": [0], "green": [1], "blue": [2], "yellow": [0, 1]}
     for split, count in (("train", 40), ("validation", 8), ("test", 12)):
-        for name, channel in classes.items():
+        for name, channels in classes.items():
             (folder / "images" / split / name).mkdir(parents=True)
             for index in range(count):
                 pixels = torch.randint(0, 180, (16, 16, 3), generator=generator, dtype=torch.uint8)
-                pixels[..., channel] += 40
+                pixels[..., channels] += 40
                 Image.fromarray(pixels.numpy()).save(folder / "images" / split / name / f"{index}.png")
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -595,10 +600,10 @@ def compare_report(old: Path, new: Path) -> Iterator[str]:
     for report in reports:
         for key in CLOCK:
             report.pop(key)
-        report.get("cache", {}).pop("seconds", None)
         own = {name: digest for name, digest in report["files"].items() if not name.startswith("plots/")}
         report["files"] = {n: d for n, d in own.items() if not n.endswith(".py") and n != "config.json"}
-    yield from differences(*reports)
+    timeless = (re.sub(r"(tables were evaluated) in [^\"]*", r"\1", json.dumps(report)) for report in reports)
+    yield from differences(*map(json.loads, timeless))
 
 
 def compare_settings(old: Path, new: Path) -> Iterator[str]:
@@ -722,6 +727,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = (flags.keep or Path(temporary)).resolve()
         places = {"inputs": root / "inputs", "old": root / commit}
+        sys.path.insert(0, str(TREE))  # wins over what is installed
         if not places["inputs"].exists():
             make_inputs(places["inputs"])
         waiting = [job for job in with_needs(chosen, everything) if told(places["old"], job) is None]

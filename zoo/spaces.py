@@ -29,8 +29,8 @@ def find_checkpoint(name: str | None, local: Path, hub_id: str) -> Path:
 
 
 def find_dense(name: str | None, report: dict) -> str:
-    """The base model: as named or by $SLIMZOO_DENSE, else the folder that the recipe started from (a base model that a recipe
-    converted stays in the cache, under its name), else the report's Hub id.
+    """The base model: as named or by $SLIMZOO_DENSE, else the folder that the recipe started from (what a recipe
+    converted stays in the cache), else the report's Hub id.
     """
     name = name or os.environ.get("SLIMZOO_DENSE")
     if name:

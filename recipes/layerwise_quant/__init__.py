@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.common.core.plots import layer_index
+from recipes.common.core.report import merged
 from recipes.common.domains.language import LanguageRecipe
 from recipes.common.loops.streamed import Streamed
 from recipes.common.loops.streaming import InputStatistics, MatrixStore, Method, Variant
@@ -182,6 +183,10 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
         if "pruned" in self.baselines and not self.can_prune(run):
             raise UserError("--baselines pruned: no sparse matrix is as small as these bits; leave it out.")
         run.unseen(self.seed)
+
+    def planned(self, run: QuantRun) -> dict[str, dict]:
+        """As if all blocks had the high width: those of one block have the same one."""
+        return {name: self.spec(self.backend, self.widths[0]) for name in run.linears}
 
     def modules(self, run: QuantRun) -> dict[str, nn.Linear]:
         """The linears of the blocks, and the head last."""
@@ -430,15 +435,13 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
 
     def findings(self, run: QuantRun) -> dict:
         """Importance of the blocks, curves of quality against bits, and what the reader of the card must know."""
-        plan = run.plan(run.seeds[0])
-        found = importance_evidence(plan.scores, plan.bits, plan.stability)
+        plan, parts = run.plan(run.seeds[0]), []
         if self.curve_points:
             names = [self.own_order, *(name for name in self.chosen(run) if name in self.orders())]
             curves = {name: run.curve(plan, name) for name in names}
             own = run.measure_mixtures(plan.seed, run.mixtures(self.own_order, plan))
             smaller = {name: self.measure(run, name)[0] for name in self.chosen(run) if name in ("dropped", "pruned")}
-            claims = {"The paper's claims": claims_table(curves, self.own_order, own, smaller, self.backend)}
-            evidence = curve_evidence(curves)
-            found = {key: found.get(key, {}) | evidence.get(key, {}) for key in ("tables", "figures")}
-            found["tables"] |= claims
-        return found | {"notes": notes(run, plan)}
+            claims = claims_table(curves, self.own_order, own, smaller, self.backend)
+            parts = [curve_evidence(curves), {"tables": {"The paper's claims": claims}}]
+        parts.append(importance_evidence(plan.scores, plan.bits, plan.stability))
+        return merged(*parts) | {"notes": notes(run, plan)}

@@ -11,7 +11,11 @@ HEADER = ["the paper claims", "measured here", "seen"]
 
 
 def claims_table(
-    curves: dict[str, list[dict]], own: str, mixture: dict[str, dict], baselines: dict[str, dict[str, dict]], backend: str
+    curves: dict[str, list[dict]],
+    own: str,
+    mixture: dict[str, dict],
+    baselines: dict[str, dict[str, dict]],
+    backend: str,
 ) -> dict:
     """A table of the report: each claim, what was measured of the first metric, and whether it was seen.
 

@@ -21,7 +21,7 @@ def lim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def zd(weights: list[Tensor], two_sided: bool = False) -> float:
-    """Share of the weights of a block, taken together, that lie more than a deviation above (or beyond) the mean   (step 1)"""
+    """Share of the weights of a block together that lie more than a deviation above (or beyond) the mean   (step 1)"""
     count = sum(w.numel() for w in weights)
     mean = sum(w.double().sum().item() for w in weights) / count
     variance = sum((w.double() - mean).square().sum().item() for w in weights) / (count - 1)

@@ -112,7 +112,10 @@ class LPViTRun(TrainedRun):
     def teacher(self) -> BaseModel | None:
         """As --teacher names it, if anything is trained with it."""
         name = self.recipe.teacher if self.recipe.distill != "none" and self.recipe.tunes else None
-        return resolve_model(name, compressed=True) if name else None
+        try:
+            return resolve_model(name, compressed=True) if name else None
+        except UserError as error:
+            raise UserError(f"--teacher {str(error).removeprefix('--model ')}") from None
 
     def pixels(self, seed: int, count: int) -> list[Tensor]:
         """Calibration images as the model's input, in batches."""

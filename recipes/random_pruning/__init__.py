@@ -171,8 +171,12 @@ class RandomPruning(Trained, ClassificationRecipe):
         """Every budget is within reach of its rule in every network, and grasp finds its images."""
         ratios = [ratio for ratio in (self.ratio, *self.chosen_baselines()) if ratio in RATIOS]
         for point in [*(Point(self.model, ratio, self.density) for ratio in ratios), *sweep_points(self)]:
-            with torch.device("meta"):
-                layers = self.prunable(run.domain.fresh(self.seed, point.model))
+            try:
+                with torch.device("meta"):
+                    layers = self.prunable(run.domain.fresh(self.seed, point.model))
+            except UserError as error:
+                flag = "--model" if point.model == self.model else "--more_models"
+                raise UserError(str(error).replace("--model", flag, 1)) from None
             if point.ratio:
                 rule = point.ratio if point.ratio in FORMULAS else "uniform"  # scores keep as many weights in all
                 sizes = {name: layer.size for name, layer in layers.items()}

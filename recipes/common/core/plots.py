@@ -17,7 +17,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 INK = "#555555"
 WIDTH = 7.2  # inches
-BACKGROUND = {  # styles of a described series that are grey, and of those that are not
+BACKGROUND = {  # styles of a described figure's series: the grey ones, and those with a colour and marker of their own
     "dots": {"linestyle": "", "marker": ".", "markersize": 3, "alpha": 0.4},
     "guide": {"linestyle": ":", "linewidth": 1},
 }
@@ -143,18 +143,19 @@ def described(description: dict, path: Path) -> Path:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     first, x, y = axes.flat[0], description.get("x", ""), description.get("y", "")
-    handles, labels = first.get_legend_handles_labels()  # lines before error bars: put back into the series' order
-    names = [series["name"] for series in panels[0].get("series", ()) if "name" in series]
-    legend = {"handles": [handles[labels.index(name)] for name in names], "frameon": False, "fontsize": 8}
+    handles, names = first.get_legend_handles_labels()
+    named = dict(zip(names, handles, strict=True))  # lines before error bars: back into the order of the series
+    handles = [named[series["name"]] for series in panels[0].get("series", ()) if series.get("name") in named]
+    legend = {"handles": handles, "frameon": False, "fontsize": 8}
     if len(panels) == 1:
         first.set_xlabel(x, fontsize=9)
         first.set_ylabel(y, fontsize=9)
-        if names:
+        if handles:
             first.legend(**legend)
     else:
         figure.supxlabel(x, fontsize=9)
         figure.supylabel(y, fontsize=9)
-        if names:
+        if handles:
             figure.legend(**legend, loc="outside upper center", ncols=4)
     return save(figure, path)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
-from zoo.folder import open_folder
 
 from recipes.common.core.run import Run
 from recipes.common.export import export_as
 from zoo.errors import UserError
+from zoo.folder import open_folder
 
 if TYPE_CHECKING:
     from recipes.common.domains import Domain

@@ -81,6 +81,15 @@ def build(
     return report
 
 
+def merged(*parts: dict[str, dict]) -> dict[str, dict]:
+    """The tables, figures, … of several parts of the findings, in their order."""
+    found: dict[str, dict] = {}
+    for part in parts:
+        for kind, titled in part.items():
+            found.setdefault(kind, {}).update(titled)
+    return found
+
+
 # ----------------------------------------------------------------------------------------------------- the machine
 
 

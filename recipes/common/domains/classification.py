@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
-import zoo  # noqa: F401 (registers our classes)
 from recipes.common.core.recipe import Recipe
 from recipes.common.data.architectures import fresh_model
 from recipes.common.data.base_models import BaseModel, check_finite, resolve_model
@@ -108,7 +107,10 @@ class Classification(Domain):
         source = self.folder or (self.base.path if self.base else None)
         if source is None:
             return make_processor(self.data, self.settings["image_size"])
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
+        try:
+            return AutoImageProcessor.from_pretrained(source, backend="pil")
+        except (OSError, ValueError):
+            raise UserError(f"{source} holds no image processor: a preprocessor_config.json is needed.") from None
 
     @cached_property
     def training(self) -> datasets.Dataset:
@@ -137,6 +139,7 @@ class Classification(Domain):
         self.training  # noqa: B018 (read now, not after the work)
         if self.base:
             slim_class_for(self.base.model_type, self.auto_class)  # a family that no checkpoint can be written for
+            self.processor  # noqa: B018
 
     def pins(self) -> dict[str, str]:
         images = {"images": self.data.sha256 or self.data.version}

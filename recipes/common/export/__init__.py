@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from recipes.common.export.compressed_tensors import export_compressed_tensors
+from recipes.common.export.compressed_tensors import check_compressed_tensors, export_compressed_tensors
 from recipes.common.export.dense import export_dense, export_dense_classifier
-from recipes.common.export.gguf import export_gguf
+from recipes.common.export.gguf import check_gguf, export_gguf
 from zoo.errors import UserError
-from zoo.folder import open_folder
+from zoo.folder import ModelFolder, open_folder
 
 EXPORTS = {
     "dense": export_dense,
@@ -28,3 +28,11 @@ def export_as(folder: Path, output: Path, kind: str) -> None:
     if images and kind != "dense":
         raise UserError(f"--export {kind}: image models export as dense only.")
     (export_dense_classifier if images else EXPORTS[kind])(Path(folder), Path(output))
+
+
+def check_export(kind: str, base: ModelFolder, modules: dict[str, dict]) -> None:
+    """Raises UserError for an export, of EXPORTS, that cannot be made of `base` once `modules`, {name: spec}, are packed."""
+    if kind.startswith("gguf"):
+        check_gguf(base)
+    elif kind == "compressed-tensors":
+        check_compressed_tensors(modules)

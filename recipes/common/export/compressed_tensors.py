@@ -40,6 +40,19 @@ def read_codes(spec: dict, parts: dict[str, Tensor]) -> Codes:
     return Codes(codes, scales, zeros, bits, d_in // scales.shape[1])
 
 
+def check_compressed_tensors(modules: dict[str, dict]) -> None:
+    """Raises UserError for packed modules, {name: spec}, that the format cannot hold."""
+    if not modules or any(spec["format"] != "packed" or spec["zeros"] == "float" for spec in modules.values()):
+        raise UserError("compressed-tensors holds packed bits with integer zero points only; export dense.")
+    for siblings in SIBLINGS:  # one matrix in vLLM, so of one scheme
+        for name in (name for name in modules if name.endswith(siblings[0])):
+            prefix = name.removesuffix(siblings[0])
+            if len({json.dumps(modules.get(prefix + s), sort_keys=True) for s in siblings}) > 1:
+                raise UserError(
+                    f"{prefix}{{{','.join(siblings)}}} differ in bits or groups; engines merge them, so they must agree."
+                )
+
+
 def export_compressed_tensors(checkpoint: Path, output: Path) -> Path:
     """Writes packed bits in the format `pack-quantized` of compressed-tensors, one config group per scheme.
 
@@ -49,15 +62,7 @@ def export_compressed_tensors(checkpoint: Path, output: Path) -> Path:
     """
     source = open_folder(checkpoint)
     modules = source.modules
-    if not modules or any(spec["format"] != "packed" or spec["zeros"] == "float" for spec in modules.values()):
-        raise UserError(f"{checkpoint}: compressed-tensors holds packed bits with integer zero points only; use dense.")
-    for siblings in SIBLINGS:  # one matrix in vLLM, so of one scheme
-        for name in (name for name in modules if name.endswith(siblings[0])):
-            prefix = name.removesuffix(siblings[0])
-            if len({json.dumps(modules.get(prefix + s), sort_keys=True) for s in siblings}) > 1:
-                raise UserError(
-                    f"{prefix}{{{','.join(siblings)}}} differ in bits or groups; engines merge them, so they must agree."
-                )
+    check_compressed_tensors(modules)
     out: dict[str, Tensor] = {}
     for key, value in source.stored_tensors():
         if not isinstance(value, dict):

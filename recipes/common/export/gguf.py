@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import gguf
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recipes.common.export.compressed_tensors import Codes, read_codes
 from zoo.errors import UserError
-from zoo.folder import open_folder
+from zoo.folder import ModelFolder, open_folder
 
 KINDS = {  # how matrices are written; "packed" gives packed bits the type that holds their codes
     "F16": gguf.GGMLQuantizationType.F16,
@@ -59,23 +59,16 @@ def export_gguf(checkpoint: Path, output: Path, kind: str = "F16") -> Path:
     if output.exists():
         raise UserError(f"output {output} exists already: name another file, or remove this one first.")
     source = open_folder(checkpoint)
+    check_gguf(source)
     stock = source.stock_config()
-    if stock["model_type"] not in ARCHITECTURES:
-        raise UserError(f"{stock['model_type']} cannot be written as GGUF; {', '.join(ARCHITECTURES)} can.")
     architecture = ARCHITECTURES[stock["model_type"]]
     unfinished = output.with_name(f".{output.name}.part")
     writer = gguf.GGUFWriter(unfinished, architecture, use_temp_file=True)
     try:
         write_metadata(writer, stock, checkpoint.name, kind)
         write_tokenizer(writer, checkpoint, stock)
-        names = gguf.get_tensor_name_map(
-            next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
-            stock["num_hidden_layers"],
-        )
         for key, value in source.stored_tensors():
-            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-            if name is None:
-                raise UserError(f"{key} has no place in a GGUF file of architecture {architecture}.")
+            name = tensor_name(key, architecture, stock["num_hidden_layers"])
             reorder = lambda rows: rows  # noqa: E731
             if architecture == "llama" and (".q_proj." in key or ".k_proj." in key):
                 heads = stock["num_attention_heads" if ".q_proj." in key else "num_key_value_heads"]
@@ -104,6 +97,34 @@ def export_gguf(checkpoint: Path, output: Path, kind: str = "F16") -> Path:
         unfinished.unlink(missing_ok=True)
         raise
     return output
+
+
+def check_gguf(source: ModelFolder) -> None:
+    """Raises UserError, naming it, for what of a model, compressed or the dense one it will be made of, GGUF cannot hold."""
+    stock = source.stock_config()
+    if stock["model_type"] not in ARCHITECTURES:
+        raise UserError(f"{stock['model_type']} cannot be written as GGUF; {', '.join(ARCHITECTURES)} can.")
+    architecture = ARCHITECTURES[stock["model_type"]]
+    nowhere = gguf.GGUFWriter(None, architecture)
+    write_metadata(nowhere, stock, source.path.name, "F16")
+    write_tokenizer(nowhere, source.path, stock)
+    for key in source.tensors:
+        module = key.rpartition(".")[0]
+        tensor_name(f"{module}.weight" if module in source.modules else key, architecture, stock["num_hidden_layers"])
+
+
+def tensor_name(key: str, architecture: str, blocks: int) -> str:
+    """What GGUF calls a tensor; UserError if it has no place there."""
+    name = name_map(architecture, blocks).get_name(key, try_suffixes=(".weight", ".bias"))
+    if name is None:
+        raise UserError(f"{key} has no place in a GGUF file of architecture {architecture}.")
+    return name
+
+
+@cache
+def name_map(architecture: str, blocks: int) -> gguf.TensorNameMap:
+    arch = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(arch, blocks)
 
 
 def interleave_rope(tensor: Tensor, heads: int) -> Tensor:

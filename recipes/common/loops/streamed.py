@@ -15,17 +15,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from zoo.folder import open_folder
 
 from recipes.common.core.recipe import Recipe
 from recipes.common.core.run import Run
 from recipes.common.core.state import matmul_flops
 from recipes.common.data.texts import calibration_windows
 from recipes.common.domains.language import BATCH
+from recipes.common.export import check_export
 from recipes.common.loops.streaming import MatrixStore, Method, StreamedModel, Variant, compress_blocks, select_linears
 from recipes.common.parts.pruners import LayerStats
 from zoo.checkpoint import write_checkpoint
 from zoo.errors import UserError
+from zoo.folder import open_folder
 from zoo.layers.packing import row_bytes
 
 
@@ -147,6 +148,12 @@ class Streamed(Recipe):
         for name, module in run.modules.items():
             self.check_matrix(name, module.out_features, module.in_features)
         run.tokens(self.seed)
+        for kind in self.export:
+            check_export(kind, open_folder(run.domain.base.path), self.planned(run))
+
+    def planned(self, run: StreamedRun) -> dict[str, dict]:
+        """{module: what config.json will say of it}, where that is known beforehand."""
+        return {}
 
     def methods(self, run: StreamedRun, seed: int) -> list[Method]:
         """The recipe's own method first, then the chosen baselines that are methods."""

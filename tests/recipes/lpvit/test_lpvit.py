@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from recipes.lpvit import VARIANTS
+from recipes.lpvit import BASELINES
 from recipes.lpvit.allocation import (
     EnergyTable,
     Layer,
@@ -516,5 +516,5 @@ def test_a_reachable_budget_is_found():
         find_budget(layers, 0.1)
 
 
-def test_every_rival_names_flags_that_exist():
-    assert all(replace(OWN, **changes) for changes in VARIANTS.values())
+def test_every_baseline_names_flags_that_exist():
+    assert all(replace(OWN, **changes) for changes in BASELINES.values())

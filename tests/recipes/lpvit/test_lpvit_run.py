@@ -26,7 +26,7 @@ import zoo  # noqa: F401 (registers the model classes)
 from recipes.common.core.cli import main, parse
 from recipes.common.export.dense import export_dense_classifier, unpack
 from recipes.common.loops.training import make_optimizer
-from recipes.lpvit import TINY, TINY_SCHEDULE, VARIANTS, LPViT
+from recipes.lpvit import BASELINES, TINY, TINY_SCHEDULE, LPViT
 from recipes.lpvit.blocks import matrix, pack_model, reconstruct
 from recipes.lpvit.selection import (
     Calibrated,
@@ -92,7 +92,7 @@ def test_blocks_chosen_by_curves_and_refitted_keep_what_uniform_ones_lose(seed):
     calibrated = Calibrated(model, layers, (8, 8), list(images[:256].split(64)), seed)
     found = {"dense": accuracy(model)}
     for name in ("own", "lpvit-no-ls", "global-l1", "uniform-l1", "uniform-l1+ls"):
-        choice = replace(OWN, **VARIANTS.get(name, {}))
+        choice = replace(OWN, **BASELINES.get(name, {}))
         masks = weight_masks(choose_in_rounds(calibrated, choice, 0.35), calibrated)
         pruned = apply_masks(model, masks)
         if choice.reconstruct == "ls":
@@ -152,7 +152,7 @@ def test_packed_families_give_the_same_logits_after_a_round_trip(model, tmp_path
 
 
 def test_the_file_is_as_large_as_its_blocks(tmp_path):
-    """Section 4: b_r b_c numbers and one index a block, and where each block-row begins."""
+    """b_r b_c numbers and one index a block, and where each block-row begins."""
     model = next(families())
     images, _ = patterns(6, 0)
     calibrated = Calibrated(model.eval(), select_layers(model, (8, 8), **ALL), (8, 8), [images], 0)
@@ -198,7 +198,7 @@ def test_fine_tuning_moves_kept_blocks_and_has_no_state_for_others():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder of images and a small classifier of them."""
+    """A folder of images, a small classifier of them, and one of two classes only."""
     root = tmp_path_factory.mktemp("lpvit")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 12)):
@@ -212,6 +212,7 @@ def root(tmp_path_factory):
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = ViTConfig(**shape, image_size=16, patch_size=4, id2label=dict(enumerate(NAMES)), initializer_range=0.1)
     ViTForImageClassification(config).save_pretrained(root / "base")
+    ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=4)).save_pretrained(root / "two")
     ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=1.0).save_pretrained(root / "base")
     return root
 
@@ -252,12 +253,12 @@ with torch.no_grad():
 def test_command_line_prunes_measures_and_describes_a_checkpoint(root, tmp_path, capsys):
     from zoo.record.verify import verify
 
-    rivals = ["lpvit-finetuned", "lpvit-no-ls", "uniform-l1+ls", "lpvit-code", "wanda"]
-    main(flags(root, "out", "--baselines", *rivals))
+    baselines = ["lpvit-finetuned", "lpvit-no-ls", "uniform-l1+ls", "lpvit-code", "wanda"]
+    main(flags(root, "out", "--baselines", *baselines))
     out = root / "out"
     assert capsys.readouterr().out.strip().endswith(str(out))
     report = json.loads((out / "report.json").read_text())
-    assert list(report["baselines"]) == rivals
+    assert list(report["baselines"]) == baselines
     assert report["seeds"] == [0, 1] and report["compressed"]["accuracy"]["n_of"] == "seeds"
     assert report["data"]["calibration"]["items"] == 24 and "training" not in report["data"]
     assert len(report["layers"]) == 12
@@ -298,7 +299,9 @@ def test_command_line_prunes_measures_and_describes_a_checkpoint(root, tmp_path,
 
 def test_a_killed_run_resumes_to_the_same_blocks(root, monkeypatch):
     short = ["--baselines", "none", "--densities", "1", "--seeds", "1"]
-    main(flags(root, "whole", *short))
+    main(flags(root, "whole", *short, "--export", "dense"))
+    export = AutoModelForImageClassification.from_pretrained(root / "whole-dense")
+    assert type(export) is ViTForImageClassification  # in the place that nobody needs: the base is somebody's already
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LPViT, "pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         main(flags(root, "killed", *short))
@@ -340,11 +343,18 @@ def test_the_tiny_base_is_trained_and_kept_beside_the_checkpoint(root, monkeypat
         (["--model", "resnet-20"], "--model resnet-20"),
         (["--baselines", "best"], "one of lpvit-finetuned"),
         (["--energy_table", "nowhere.yaml"], "nowhere.yaml"),
+        (["--densities", "0.06"], "is the least that this --min_density and --budget allow"),
+        (["--budget", "energy", "--target", "0.06"], "is the least that this --min_density and --budget allow"),
+        (["--teacher", "nowhere", "--finetune"], "--teacher nowhere: not a folder"),
+        (["--teacher", "{root}/two", "--baselines", "lpvit-finetuned"], "it knows 2 classes"),
+        (["--model", "vit-tiny", "--export", "dense"], "--export dense: lpvit cannot write that"),
+        (["--eval", "bleu"], "no such metric"),
+        (["--model", "{root}/two"], "two holds no image processor"),
     ],
 )
 def test_impossible_flags_are_refused_before_anything_is_written(root, more, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(flags(root, "wrong", *more))
+        main(flags(root, "wrong", *(part.format(root=root) for part in more)))
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (root / "wrong").exists() and not (root / "wrong.state").exists()
 
@@ -354,7 +364,7 @@ def test_the_papers_settings_are_flags():
     assert (recipe.target_fn, recipe.rank, recipe.alloc) == ("sq", "taylor", "derivative")
     recipe.check()
     own = recipe.choice("lpvit")
-    assert all(getattr(own, key) == value for key, value in VARIANTS["lpvit-code"].items())
-    assert recipe.rivals()[0] == "lpvit-no-finetune"
+    assert all(getattr(own, key) == value for key, value in BASELINES["lpvit-code"].items())
+    assert recipe.baseline_names()[0] == "lpvit-no-finetune"
     with pytest.raises(UserError):
         replace(recipe, target_fn="out").check()

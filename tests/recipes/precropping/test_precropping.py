@@ -29,13 +29,13 @@ from transformers import (
 from recipes.common.core.cli import main, parse
 from recipes.common.core.state import World
 from recipes.common.data.architectures import fresh_model
-from recipes.common.loops.trained import VisionRun
+from recipes.common.loops.trained import TrainedRun
 from recipes.common.loops.training import apply_masks, make_optimizer, mask_gradients
 from recipes.common.parts.scores import prunable_weights
 from recipes.common.parts.width_fit import Budget, fit_widths, geometric_program, width_limits
 from recipes.common.parts.width_graph import LayerCost, WidthGraph, width_graph
-from recipes.precropping import CROPPED, MASKED, cropped, initialised, random_masks, resized
 from recipes.precropping.crop_rules import crop_wish, synexp_channels, synexp_weights
+from recipes.precropping.networks import CROPPED, MASKED, cropped, initialised, random_masks, resized
 from zoo.errors import UserError
 from zoo.models.mobilenet_v2 import SlimMobileNetV2Config, SlimMobileNetV2ForImageClassification
 from zoo.models.resnet import SlimResNetConfig, SlimResNetForImageClassification, cifar_resnet_config
@@ -488,9 +488,7 @@ PLAN = ["precropping", "--model", "resnet-8", "--dry_run"]
 
 
 def plan(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([*PLAN, *arguments])
-    assert stop.value.code == 0
+    main([*PLAN, *arguments])
     return capsys.readouterr().out
 
 
@@ -506,13 +504,12 @@ def test_widths_are_the_same_in_another_process_with_more_threads(capsys, images
 def test_every_source_gives_the_same_widths_again_within_budgets(images, tmp_path):
     for source in ("synflow", "snip", "grasp", "magnitude", "erk", "uniform"):
         flags = ["--model", "resnet-8", "--dataset", images, "--source", source, "--score_rounds", "5"]
-        recipe = parse("precropping", [*flags, "--score_samples", "4"])
-        state = VisionRun(recipe, recipe.load_data(), tmp_path, [0], recipe.settings(), World())
-        graph = recipe.graph(state.data)
+        recipe = parse("precropping", [*flags, "--score_samples", "4", "--output", str(tmp_path / "out")])
+        state = TrainedRun(recipe, recipe.domain(), World())
+        graph = recipe.graph(state)
         budget = recipe.budget(graph)
         first, again = (
-            recipe.widths(graph, budget, recipe.fresh(state.data, 0), recipe.score_batches(state, source))
-            for _ in range(2)
+            recipe.widths(graph, budget, recipe.fresh(state, 0), recipe.score_batches(state, source)) for _ in range(2)
         )
         assert first == again and budget.holds(graph.cost(first))
         assert max(budget.excess(graph.cost(first))) > -0.05 and first != graph.widths
@@ -540,11 +537,11 @@ def run(images: str, output: Path, *arguments: str) -> None:
     main(["precropping", "--dataset", images, "--output", str(output), *tiny, *arguments])
 
 
-def test_rivals_have_the_same_weights_and_macs(images, tmp_path):
+def test_baselines_have_the_same_weights_and_macs(images, tmp_path):
     flags = ["--model", "resnet-14", "--dataset", images, "--output", str(tmp_path / "out"), "--score_rounds", "5"]
     recipe = parse("precropping", flags)
-    state = VisionRun(recipe, recipe.load_data(), tmp_path, [3], recipe.settings(), World())
-    graph = recipe.graph(state.data)
+    state = TrainedRun(recipe, recipe.domain(), World())
+    graph = recipe.graph(state)
     params, macs = graph.cost(recipe.widths_of(state, "precropping", 3))
     cost = {name: graph.cost(recipe.widths_of(state, name, 3)) for name in CROPPED}
     assert 0.98 * params <= cost["width-params"][0] <= params
@@ -557,7 +554,7 @@ def test_rivals_have_the_same_weights_and_macs(images, tmp_path):
     assert recipe.widths_of(state, "random-widths", 4) != recipe.widths_of(state, "random-widths", 3)
     for name in MASKED:
         masks = recipe.masks(state, name, 3)
-        shapes = {key: weight.shape for key, weight in prunable_weights(recipe.fresh(state.data, 3)).items()}
+        shapes = {key: weight.shape for key, weight in prunable_weights(recipe.fresh(state, 3)).items()}
         assert {key: mask.shape for key, mask in masks.items()} == shapes
         assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(params, abs=1)
     p = graph.densities(recipe.widths_of(state, "precropping", 3))
@@ -598,8 +595,8 @@ def test_the_command_line_makes_a_small_dense_checkpoint(images, tmp_path):
     assert config["widths"] == {group: width for group, width in widths.items() if width != base[group]}
     networks = {row[0]: row for row in report["tables"]["Networks"]["rows"]}
     assert networks["dense"][2] == 1 and networks["precropping"][2] <= 0.4 and networks["precropping"][4] <= 0.4
-    for rival in ("width-params", "same-p-mask"):
-        assert networks[rival][2] == pytest.approx(networks["precropping"][2], rel=0.02)
+    for baseline in ("width-params", "same-p-mask"):
+        assert networks[baseline][2] == pytest.approx(networks["precropping"][2], rel=0.02)
     sizes = report["size"]["baselines"]
     assert (
         sizes["width-params"] < 0.6 * report["size"]["dense_bytes"]
@@ -640,6 +637,10 @@ def test_preconfig_widens_what_the_budgets_allow(capsys, images):
         (["--min_ratio", "0"], "--min_ratio"),
         (["--min_width", "0"], "--min_width"),
         (["--sweep", "1.5"], "--sweep"),
+        (["--sweep", "0.5", "0.001"], "even the smallest widths need"),
+        (["--trunk", "keep", "--mode", "params", "--budget_params", "0.08"], "even the smallest widths need"),
+        (["--train_items", "121"], "there are 120 training images"),
+        (["--eval", "bleu"], "no such metric"),
         (["--baselines", "magnitude"], "one of width-params"),
         (["--model", "resnet-9"], "no such depth"),
     ],
@@ -650,4 +651,17 @@ def test_mistakes_end_with_one_sentence(images, tmp_path, capsys, arguments, mes
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_neither_needs_nor_makes_a_folder(images, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    (tmp_path / "out.state").mkdir()
+    (tmp_path / "out.state" / "recipe.yaml").write_text("seed: 5")
+    lines = plan(capsys, "--dataset", images, "--output", str(tmp_path / "out"))
+    assert "sum log p" in lines and str(tmp_path) not in lines
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "out.state/recipe.yaml",
+        "out/mine",
+    ]

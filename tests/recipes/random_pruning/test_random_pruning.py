@@ -549,7 +549,7 @@ def test_impossible_flags_are_refused(flags, message):
         ({"ratio": "grasp", "grasp_samples_per_class": 99}, "a class has 30 training images"),
         ({"exclude": "."}, "no convolution or linear layer is left"),
         ({"more_densities": [0.001]}, "weights for 10 layers are too few"),
-        ({"more_models": ["resnet-9"]}, "--model resnet-9: there is no such depth"),
+        ({"more_models": ["resnet-9"]}, "--more_models resnet-9: there is no such depth"),
         ({"more_models": ["vgg-11"], "density": 0.002, "ratio": "erk_plus"}, "--ratio erk_plus spends"),
         ({"ratio": "snip", "density": 0.001}, "weights for 10 layers are too few"),
         ({"baselines": [SMALL], "density": 0.004}, "even the smallest widths need"),

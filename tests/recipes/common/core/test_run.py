@@ -151,6 +151,13 @@ def broken(base, tmp_path, change):
         ({"baselines": "oracle"}, "--baselines oracle"),
         ({"tasks": "no_such_task"}, "no_such_task"),
         ({"pattern": "4:2"}, "N:M with 0 < N < M"),
+        ({"export": "compressed-tensors"}, "holds packed bits with integer zero points only"),
+        ({"export": "onnx"}, "--export onnx: armor cannot write that, one of dense"),
+        ({"push_to_hub": "notarepo"}, "a Hub id of the form org/name is needed"),
+        ({"seeds": "0"}, "--seeds 0: 1 or more is needed"),
+        ({"eval_windows": "0"}, "--eval-windows 0"),
+        ({"eval_seqlen": "100000000"}, "takes 128 tokens at most"),
+        ({"include": "("}, "no regular expression"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(base, tmp_path, changes, said):
@@ -172,6 +179,20 @@ def test_broken_weights_are_refused(base, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     process = run(command(base, tmp_path / "out", model=folder))
     assert process.returncode == 2 and "safetensors" in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_export_that_cannot_be_made_is_refused_before_any_work(base, tmp_path):
+    gemma = make_base(tmp_path / "base" / "model", "gemma")
+    process = run(command(base, tmp_path / "out", model=gemma, export="gguf-f16"))
+    assert process.returncode == 2 and "gemma cannot be written as GGUF" in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_base_that_lacks_a_tensor_is_refused_before_any_work(base, tmp_path):
+    folder = broken(base, tmp_path, lambda tensors: tensors.pop("model.layers.3.mlp.down_proj.weight"))
+    process = run(command(base, tmp_path / "out", model=folder))
+    assert process.returncode == 2 and "the weight model.layers.3.mlp.down_proj.weight is missing" in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
