@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from recipes.layerwise_quant.plans import order_blocks, parse_levels, pinned, plan_bits
 from recipes.layerwise_quant.quantizers import rtn
+from zoo.folder import open_folder
 from zoo.kernels.packed_linear.reference import pack_codes
 from zoo.layers.packing import pack_layers, row_bytes
 from zoo.record.format import metric_title
@@ -46,7 +46,7 @@ class Mixtures:
 
     def __init__(self, checkpoint: Path, dense: str):
         self.report = read_report(checkpoint / "report.json")
-        compression = json.loads((checkpoint / "config.json").read_text())["compression_config"]
+        compression = open_folder(checkpoint).compression
         self.own_average = round(compression["average_bits"], 2)
         self.own_bits = {int(block): bits for block, bits in compression["bits_by_layer"].items()}
         self.modules = compression["modules"]

@@ -281,7 +281,7 @@ class MatrixStore:
             if name in method.packed:
                 tensors |= {f"{name}/{key}": tensor.contiguous().cpu() for key, tensor in variant.tensors.items()}
                 tensors |= {f"folded/{name}/{key}": tensor for key, tensor in variant.folded.items()}
-                facts[name] |= {"spec": variant.spec}
+                facts[name] |= {"spec": variant.spec, "shape": list(variant.dense.shape)}
             else:
                 tensors[f"{name}/weight"] = variant.dense.to(torch.bfloat16).contiguous().cpu()
         partial = path.with_suffix(f".{os.getpid()}.part")
@@ -304,14 +304,17 @@ class MatrixStore:
     def weight(self, method: str, module: str, variant: str) -> Tensor:
         """The dense weight of one variant, in the place of the base model's: what a packed one multiplies out to, fp32,
         with what is folded undone; otherwise as stored, bf16."""
-        tensors, spec = self.tensors(method, module, variant), self.facts(method, module)[variant].get("spec")
-        if not spec:
+        tensors, facts = self.tensors(method, module, variant), self.facts(method, module)[variant]
+        if not facts.get("spec"):
             return tensors["weight"]
-        weight, folded = dense_weight(module, spec, tensors), self.folded(method, module, variant)
+        weight, folded = (
+            dense_weight(module, facts["spec"], tensors, facts["shape"]),
+            self.folded(method, module, variant),
+        )
         return weight * folded["rows"][:, None] / folded["columns"] if folded else weight
 
     def facts(self, method: str, module: str) -> dict[str, dict]:
-        """variant -> {loss_init, loss_final, output_error, seconds, and of a packed one spec}."""
+        """variant -> {loss_init, loss_final, output_error, seconds, and of a packed one spec and shape}."""
         with safe_open(self.path(method, module), "pt") as f:
             return json.loads(f.metadata()["facts"])
 

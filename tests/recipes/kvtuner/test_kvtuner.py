@@ -290,7 +290,10 @@ def test_end_to_end(base, finished, capsys):
     assert table["search"]["evals"] == len(cache_of(report)["searched"]) <= 24
     assert report["size"]["compressed_bytes"] == report["size"]["dense_bytes"]
     assert read_table(str(next(output.glob("kv_table_4_0.yaml"))))[1] == tuple(map(tuple, table["layers"]))
-    assert f"{table['search']['evals']} tables were evaluated in" in report["tables"]["Sensitivity of the layers"]["caption"]
+    assert (
+        f"{table['search']['evals']} tables were evaluated in"
+        in report["tables"]["Sensitivity of the layers"]["caption"]
+    )
     dense_bytes = 4 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head size, 16 bits
     assert cache_of(report)["dense_bytes_per_token"] == dense_bytes
     own = sum(sum(pair) * 32 // 8 + 8 for pair in table["layers"]) * 2  # two scales and minima in fp16

@@ -169,7 +169,7 @@ def test_clipping_sees_the_norm_of_live_weights_only():
     assert masked[0] == pytest.approx(torch.cat([part.flatten() for part in parts]).norm().item(), rel=1e-5)
 
 
-def test_checks_3_and_4_in_trainer_masks_hold_and_full_ones_change_no_bit(run, tmp_path):
+def test_in_trainer_masks_hold_and_full_ones_change_no_bit(run, tmp_path):
     schedule = Schedule(epochs=2, batch_size=50, lr=0.05)
     models = {"none": tiny(), "full": tiny(), "sparse": tiny()}
     masks = {"none": None, "full": random_masks(models["full"], 1.0), "sparse": random_masks(models["sparse"], 0.1)}
