@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 import torch_pruning as tp
-from test_precropping import train_digits
+from digits import train_digits
 from torch import nn
 
 from recipes.common.data.architectures import fresh_model
 from recipes.common.parts.width_fit import Budget, fit_widths, width_limits
 from recipes.common.parts.width_graph import width_graph
-from recipes.precropping import initialised, resized
 from recipes.precropping.crop_rules import synexp_channels
+from recipes.precropping.networks import initialised, resized
 
 MODELS = ["resnet-14", "resnet-50", "mobilenet-v2-0.35", "vgg-11"]
 

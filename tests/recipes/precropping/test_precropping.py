@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digits import train_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
-from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     MobileNetV2Config,
@@ -30,7 +29,6 @@ from recipes.common.core.cli import main, parse
 from recipes.common.core.state import World
 from recipes.common.data.architectures import fresh_model
 from recipes.common.loops.trained import TrainedRun
-from recipes.common.loops.training import apply_masks, make_optimizer, mask_gradients
 from recipes.common.parts.scores import prunable_weights
 from recipes.common.parts.width_fit import Budget, fit_widths, geometric_program, width_limits
 from recipes.common.parts.width_graph import LayerCost, WidthGraph, width_graph
@@ -423,28 +421,6 @@ def test_cropping_keeps_the_scale_of_the_initialisation(family):
 
 
 # ------------------------------------------------------------------------------------------------------ what is learnt
-
-
-def train_digits(model: nn.Module, masks: dict | None, epochs: int = 6) -> float:
-    """Accuracy on held-out digits after a short training."""
-    images, labels = load_digits(return_X_y=True)
-    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, 8, 8) / 8 - 1
-    labels = torch.tensor(labels)
-    schedule = parse("precropping", ["--epochs", str(epochs)]).training
-    optimizer = make_optimizer(model.train(), schedule)
-    apply_masks(model, masks)
-    mask_gradients(model, masks)
-    generator, steps = torch.Generator().manual_seed(0), epochs * 15
-    for step in range(steps):
-        rows = torch.randint(900, (60,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(pixels[rows]).logits, labels[rows]).backward()
-        optimizer.step()
-        apply_masks(model, masks)
-    with torch.no_grad():
-        return (model.eval()(pixels[900:]).logits.argmax(-1) == labels[900:]).double().mean().item()
 
 
 def test_densities_of_synexp_beat_uniform_ones_at_2_percent():
