@@ -320,7 +320,6 @@ REFUSED = {
         "--min_width 0",
         "--max_density 0.5",
         "--sweep 1.5",
-        "--sweep 0.001",
         "--baselines magnitude",
         "--model resnet-9",
         "--model {inputs}/vit",
@@ -463,7 +462,8 @@ def run_jobs(tree: Path, chosen: list[Job], folder: Path, places: dict[str, Path
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_text(text)
         arguments = [[word.format(**places) for word in shlex.split(line)] for line in job.lines]
-        described.append(vars(job) | {"key": job.key, "folder": str(place), "arguments": arguments, "seconds": 1200})
+        seconds = 120 if job.refused else 1200  # a line that is not refused may go on for ever
+        described.append(vars(job) | {"key": job.key, "folder": str(place), "arguments": arguments, "seconds": seconds})
     if described:
         listed = folder / "jobs.json"
         listed.write_text(json.dumps([str(tree), described]))

@@ -400,10 +400,11 @@ class KVTuner(LanguageRecipe):
 
     def divergence(self, run: KVRun, variant: str) -> float:
         """KL to the 16-bit model on the windows held back from the search; the mean over a baseline's tables."""
+        reference = run.reference  # before any table rounds the model's cache
 
         def of(place: int) -> dict:
             with self.open(run, variant, place) as model:
-                return {"kl": mean_kl(model, run.first.held, run.reference)}
+                return {"kl": mean_kl(model, run.first.held, reference)}
 
         places = range(1 if variant == self.method else len(self.tables(run)[variant]))
         return statistics.fmean(run.once(f"divergence/{variant}-{place}", partial(of, place))["kl"] for place in places)

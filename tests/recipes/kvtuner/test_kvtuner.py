@@ -299,6 +299,8 @@ def test_end_to_end(base, finished, capsys):
     own = sum(sum(pair) * 32 // 8 + 8 for pair in table["layers"]) * 2  # two scales and minima in fp16
     assert cache_of(report)["models"]["kvtuner"]["bytes_per_token"] == own
     assert cache_of(report)["models"]["KV4"]["bytes_per_token"] == 4 * 2 * (2 * 16 + 8)
+    kls = {name: model["kl"] for name, model in cache_of(report)["models"].items()}
+    assert kls["KV8"] < kls["KV4"] < kls["KV2"] and kls["KV8"] < 5e-4 < kls["kvtuner"] < kls["KV2"]
     card = (output / "README.md").read_text()
     assert (
         f"| **kvtuner** | **{table['equivalent_bits']:.2f}** | **{table['effective_bits']:.2f}** | **{own:,}** |"
