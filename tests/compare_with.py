@@ -671,7 +671,8 @@ def compare_refusal(job: Job, old: Path, new: Path) -> list[str]:
         sentence = " ".join(said["stderr"][0].rpartition("error: ")[2].replace(str(place), ".").split())
         left = [name for name in left_in(place) if name not in job.files]
         seen.append({"exit": said["exit"][0], "says": sentence, "leaves": left})
-    return [f"{job.lines[0]}\n    {wrong}" for wrong in differences(*seen)]
+    flags = job.lines[0].rpartition(" --output out")[2] or job.lines[0]
+    return [f"{job.name}: {flags.strip()}\n    {wrong}" for wrong in differences(*seen)]
 
 
 def flags_of(text: str) -> dict[str, str]:
@@ -716,7 +717,9 @@ def compare(chosen: list[Job], old: Path, new: Path) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="what this tree is compared with")
-    parser.add_argument("--recipe", nargs="+", help="these recipes only; `aside` stands for the other commands")
+    parser.add_argument(
+        "--recipe", nargs="+", action="extend", help="these recipes only; `aside` stands for the other commands"
+    )
     parser.add_argument("--keep", type=Path, help="folder for inputs and outputs")
     flags = parser.parse_args(arguments)
     resolve = ["git", "-C", str(TREE), "rev-parse", "--verify", "--short=12", f"{flags.commit}^{{commit}}"]

@@ -22,7 +22,6 @@ for the masks; here it is one order. Fine-tuning starts from the pruned weights,
 from __future__ import annotations
 
 import math
-import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -245,11 +244,7 @@ class LPViT(Trained, ClassificationRecipe):
             raise UserError(
                 "--rank taylor: the mean gradient of --target_fn sq is needed; other gradients average to 0."
             )
-        for name in ("include", "exclude"):
-            try:
-                re.compile(getattr(self, name))
-            except re.error as error:
-                raise UserError(f"--{name} {getattr(self, name)}: no regular expression ({error}).") from None
+        self.regexes("include", "exclude")
 
     def check_base(self, run: LPViTRun) -> None:
         """The base must be a classifier of these images whose layers the blocks fit and can be pruned so far."""

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -162,10 +161,7 @@ class RandomPruning(Trained, ClassificationRecipe):
         wrong = [density for density in self.more_densities if not 0 <= density <= 1]
         if wrong:
             raise UserError(f"--more_densities {wrong[0]}: fractions above 0 and at most 1, or 0 for none, are needed.")
-        try:
-            re.compile(self.exclude)
-        except re.error as error:
-            raise UserError(f"--exclude {self.exclude}: no regular expression ({error}).") from None
+        self.regexes("exclude")
 
     def check_base(self, run: TrainedRun) -> None:
         """Every budget is within reach of its rule in every network, and grasp finds its images."""

@@ -8,7 +8,6 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
 from recipes.common.core.recipe import Recipe
@@ -41,9 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
         else:
-            recipe = parse(arguments[0], arguments[1:])
-            torch.manual_seed(recipe.seed)
-            if folder := execute(recipe):
+            if folder := execute(parse(arguments[0], arguments[1:])):
                 print(folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -99,6 +100,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name} {value}: {least} or more is needed.")
+
+    def regexes(self, *names: str) -> None:
+        """Raises UserError for a flag that is no regular expression."""
+        for name in names:
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise UserError(f"--{name} {getattr(self, name)}: no regular expression ({error}).") from None
 
     def baseline_names(self) -> list[str]:
         """Every name that --baselines takes, in the order of the report."""

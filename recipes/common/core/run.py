@@ -10,11 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 from torch import nn
 
 from recipes.common.core import report as reports
-from recipes.common.core.state import World, cached_json, check_resources, open_state, refuse_existing, world
+from recipes.common.core.state import (
+    World,
+    cached_json,
+    check_device,
+    check_resources,
+    open_state,
+    refuse_existing,
+    world,
+)
 from recipes.common.metrics.metric import over_seeds
 from zoo.errors import UserError
 from zoo.record.hub import check_target, publish
@@ -86,6 +95,9 @@ def execute(recipe: Recipe) -> Path | None:
 def begin(recipe: Recipe) -> Run:
     """Every refusal, then the state folder."""
     recipe.at_least(seeds=1)
+    if not -(2**63) <= recipe.seed < 2**63 - recipe.seeds:
+        raise UserError(f"--seed {recipe.seed}: a whole number of 63 bits is needed.")
+    check_device(recipe.device)
     recipe.check()
     recipe.chosen_baselines()
     for kind in recipe.export:
@@ -97,6 +109,7 @@ def begin(recipe: Recipe) -> Run:
     if not recipe.dry_run:
         modes = {"resume": recipe.resume, "overwrite": recipe.overwrite}
         refuse_existing(recipe.output_path, recipe.state_path, [named(recipe, end) for end in recipe.beside()], **modes)
+    torch.manual_seed(recipe.seed)
     processes = world(recipe.device)
     run = recipe.run_type(recipe, recipe.domain(), processes)
     run.domain.check()

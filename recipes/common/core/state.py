@@ -68,9 +68,9 @@ def refuse_existing(output: Path, state: Path, beside: list[Path], *, resume: bo
         return
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
-    if resume:
-        return
     if (state / "recipe.yaml").exists():
+        if resume:
+            return  # its neighbours may be in place already
         raise UserError(f"{state} holds an unfinished run; pass --resume to continue it or --overwrite to restart.")
     if state.exists() and any(state.iterdir() if state.is_dir() else [state]):
         raise UserError(f"{state}: it exists and is no unfinished run; remove it or name another --output.")
@@ -108,6 +108,19 @@ def open_state(state: Path, settings: dict, pins: dict[str, str], *, overwrite: 
         raise UserError(
             f"--resume: the {', '.join(changed)} changed since {state} was begun; pass --overwrite to restart."
         )
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for a device that torch does not know or that is not there."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = torch.device("meta")
+    if wanted.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: cpu, cuda or cuda:N is needed.")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= found:
+        raise UserError(f"--device {device}: torch sees {found} GPUs here; use cpu, or install a torch with CUDA.")
 
 
 def check_resources(ram_bytes: float, disk_bytes: float, minutes: float, folder: Path) -> None:

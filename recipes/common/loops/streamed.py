@@ -6,7 +6,6 @@ mixin turns what it stores into checkpoints, models to measure and rows of the r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,10 +138,8 @@ class Streamed(Recipe):
         return self.ignore
 
     def check_base(self, run: StreamedRun) -> None:
-        try:
-            re.compile(self.include)
-        except re.error as error:
-            raise UserError(f"--include {self.include}: no regular expression ({error}).") from None
+        self.regexes("include")
+        self.at_least(workers=0)
         if not run.linears:
             raise UserError(f"--include {self.include!r}: no linear layer of the model is selected.")
         for name, module in run.modules.items():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.common.core.state import open_state, refuse_existing
+from recipes.common.core.state import check_device, open_state, refuse_existing
 from zoo.errors import UserError
 
 
@@ -36,6 +36,9 @@ def test_a_neighbour_is_kept_unless_it_may_go(places, tmp_path):
     beside.mkdir()
     with pytest.raises(UserError, match="out-dense: it exists, and the run writes there"):
         refuse(places, [beside])
+    with pytest.raises(UserError, match="out-dense: it exists, and the run writes there"):
+        refuse(places, [beside], resume=True)  # there is nothing to resume
+    open_state(places[1], {}, {}, overwrite=False)
     refuse(places, [beside], resume=True)  # a run that was killed while it put things into place
     refuse(places, [beside], overwrite=True)
 
@@ -43,8 +46,9 @@ def test_a_neighbour_is_kept_unless_it_may_go(places, tmp_path):
 def test_a_folder_that_only_looks_like_a_state_is_not_touched(places):
     places[1].mkdir()
     (places[1] / "holiday.jpg").write_text("mine")
-    with pytest.raises(UserError, match="it exists and is no unfinished run"):
-        refuse(places)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="it exists and is no unfinished run"):
+            refuse(places, resume=resume)
 
 
 def test_a_place_below_a_file_cannot_be_written(tmp_path):
@@ -68,3 +72,10 @@ def test_a_state_is_continued_with_the_same_settings_and_inputs_only(places):
     assert (state / "work").exists()
     open_state(state, settings | {"lr": 2.0}, pins, overwrite=True)
     assert not (state / "work").exists()
+
+
+@pytest.mark.parametrize("device", ["banana", "mps", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match=f"--device {device}"):
+        check_device(device)
+    check_device("cpu")
