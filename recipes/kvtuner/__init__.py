@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from recipes.common.core.state import matmul_flops
 from recipes.common.data.texts import calibration_windows
@@ -386,7 +385,7 @@ class KVTuner(LanguageRecipe):
 
     @contextmanager
     def reopen(self, folder: Path) -> Iterator[nn.Module]:
-        config = AutoConfig.from_pretrained(folder).kv_cache_quantization
+        config = open_folder(folder).config["kv_cache_quantization"]
         form = CacheFormat(config["mode"], config["group_size"], config["residual_length"])
         model = self.domain().load(folder).eval()
         with quantised_cache(model, tuple(map(tuple, config["layers"])), form):

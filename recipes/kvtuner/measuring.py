@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from recipes.common.domains.language import Language
 from recipes.common.metrics.speed import compare_speed, ratio
@@ -76,13 +76,10 @@ def stored_dtype(base: Path) -> torch.dtype:
 
 def packed_layers(folder: Path) -> list[dict]:
     """`layers` of the report: what was packed already in the base that the table was searched for."""
-    compression = open_folder(folder).compression
-    losses = compression.get("proxy_loss", {})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    rows = []
-    for name, spec in compression["modules"].items():
-        linear, (first, final) = model.get_submodule(name), losses.get(name) or (None, None)
+    source, rows = open_folder(folder), []
+    losses = source.compression.get("proxy_loss", {})
+    for name, spec in source.modules.items():
+        linear, (first, final) = source.empty_model.get_submodule(name), losses.get(name) or (None, None)
         shape = {"d_out": linear.out_features, "d_in": linear.in_features}
         rows.append({"name": name, **spec, **shape, "loss_init": first, "loss_final": final, "output_error": None})
     return rows

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import make_base
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -52,11 +54,14 @@ def tree(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     section = (ROOT / "README.md").read_text().partition("## Write a recipe")[2]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    codes = re.findall(r"```python\n(.*?)```", section, re.S)
     (card,) = re.findall(r"```markdown\n(.*?)```", section, re.S)
-    assert 'paper_title = "Learning' in code and len(code.splitlines()) < 60
-    (folder / "recipes" / "magnitude.py").write_text(code)
+    for name, code in zip(("magnitude", "halves"), codes, strict=True):
+        assert len(code.splitlines()) < 60
+        (folder / "recipes" / f"{name}.py").write_text(code)
     (folder / "model_cards" / "magnitude.md").write_text(card)
+    card = card.replace("image-classification", "text-generation").replace("$density", "a half")
+    (folder / "model_cards" / "halves.md").write_text(card.replace("$epochs epochs", "once"))
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 24), ("test", 8)):
         for label, colour in enumerate(((200, 60, 60), (60, 60, 200))):
@@ -89,6 +94,28 @@ def test_the_recipe_of_the_readme_trains_packs_reports_and_loads(tree):
     assert verified.returncode == 0, verified.stdout + verified.stderr
     loaded = run(tree, "-I", "-c", LOAD, str(output), path=False)  # -I: nothing of this tree can be imported
     assert loaded.returncode == 0 and loaded.stdout.startswith("BitmaskLinear"), loaded.stderr
+
+
+def test_the_language_recipe_of_the_readme_compresses_reports_and_loads(tree):
+    make_base(tree / "base", "llama")
+    (tree / "text.txt").write_text("some plain words to calibrate on " * 60)
+    flags = ["--model", "base", "--calibration", "text.txt", "--nsamples", "4", "--seqlen", "32", "--tasks", "none"]
+    made = run(
+        tree, "-m", "recipes", "halves", *flags, "--eval_windows", "1", "--eval_seqlen", "64", "--dtype", "float32"
+    )
+    assert made.returncode == 0, made.stderr
+    output = tree / "runs" / "halves"
+    packed, dense = load_file(output / "model.safetensors"), load_file(tree / "base" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    offsets, weight = packed[f"{name}.row_offsets"], dense[f"{name}.weight"]
+    assert offsets.diff().tolist() == [weight.shape[1] // 2] * len(weight)
+    assert set(packed[f"{name}.values"][: offsets[1]].tolist()) <= set(weight[0].tolist())
+    verified = run(tree, "-m", "recipes", "verify", "runs/halves")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    exported = run(tree, "-m", "recipes", "export", "runs/halves", "dense")
+    assert exported.returncode == 0, exported.stderr
+    kept = load_file(tree / "dense" / "model.safetensors")[f"{name}.weight"]
+    assert (kept != 0).sum() == offsets[-1] and torch.equal(kept[kept != 0], weight.bfloat16()[kept != 0])
 
 
 def test_its_wrong_flags_are_refused_before_any_work(tree):

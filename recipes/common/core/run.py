@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from recipes.common.core.state import (
     check_device,
     check_resources,
     open_state,
+    placed_by,
     refuse_existing,
     world,
+    write_text,
 )
 from recipes.common.metrics.metric import over_seeds
 from zoo.errors import UserError
@@ -82,6 +85,9 @@ def execute(recipe: Recipe) -> Path | None:
     Raises: UserError, before any work, for whatever can be known to be wrong then.
     """
     run = begin(recipe)
+    if was_placed(recipe):  # killed between its last move and the end
+        clean_up(recipe)
+        return recipe.output_path
     if recipe.dry_run:
         recipe.show_plan(run)
         return None
@@ -117,7 +123,7 @@ def begin(recipe: Recipe) -> Run:
     if processes.rank == 0 and not recipe.dry_run:
         check_resources(*recipe.needs(run), recipe.output_path.absolute())
         run.domain.check_weights()
-        open_state(run.state, recipe.settings(), run.domain.pins(), overwrite=recipe.overwrite)
+        open_state(run.state, recipe.settings(), run.domain.pins(), resume=recipe.resume)
     processes.barrier()
     return run
 
@@ -151,10 +157,24 @@ def finish(run: Run) -> None:
         if not made.exists():
             made.parent.mkdir(exist_ok=True)
             write(run, made)
-    for ending in beside:
-        replace(run.state / "beside" / f"output{ending}", named(recipe, ending))
-    replace(folder, recipe.output_path)
-    shutil.rmtree(run.state)
+    for leftover in folder.glob(".*.part"):  # of a run that was killed while it wrote
+        leftover.unlink()
+    places = {run.state / "beside" / f"output{ending}": named(recipe, ending) for ending in beside}
+    places[folder] = recipe.output_path
+    write_text(run.state / "placed.json", json.dumps([str(path) for path in places.values()]))
+    for made, place in places.items():
+        replace(made, place)
+    clean_up(recipe)
+
+
+def was_placed(recipe: Recipe) -> bool:
+    """Whether a resumed run had put everything into place already."""
+    placed = str(recipe.output_path) in placed_by(recipe.state_path)
+    return placed and recipe.resume and not list(recipe.state_path.glob(f"checkpoint-{recipe.seed}"))
+
+
+def clean_up(recipe: Recipe) -> None:
+    shutil.rmtree(recipe.state_path)
     if recipe.push_to_hub:
         print(publish(recipe.output_path, recipe.push_to_hub))
 

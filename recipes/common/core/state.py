@@ -59,36 +59,42 @@ def read_yaml(path: Path) -> dict:
 
 def refuse_existing(output: Path, state: Path, beside: list[Path], *, resume: bool, overwrite: bool) -> None:
     """Raises UserError, before any work, for an output, a neighbour of it or a state that is in the way, and for a place
-    that cannot be written.
+    that cannot be written. What an interrupted run had put into place already is in nobody's way when it is resumed.
     """
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"--output {output}: {folder} cannot be written; name a writable folder.")
+    unfinished = (state / "recipe.yaml").exists()
+    placed = placed_by(state) if resume and unfinished else []
     if overwrite:
         return
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]) and str(output) not in placed:
         raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
-    if (state / "recipe.yaml").exists():
-        if resume:
-            return  # its neighbours may be in place already
+    if unfinished and not resume:
         raise UserError(f"{state} holds an unfinished run; pass --resume to continue it or --overwrite to restart.")
-    if state.exists() and any(state.iterdir() if state.is_dir() else [state]):
+    if not unfinished and state.exists() and any(state.iterdir() if state.is_dir() else [state]):
         raise UserError(f"{state}: it exists and is no unfinished run; remove it or name another --output.")
     for path in beside:
-        if path.exists():
+        if path.exists() and str(path) not in placed:
             raise UserError(
                 f"{path}: it exists, and the run writes there; pass --overwrite to replace it or name another --output."
             )
 
 
-def open_state(state: Path, settings: dict, pins: dict[str, str], *, overwrite: bool) -> None:
-    """Creates or reopens the state folder of a run.
+def placed_by(state: Path) -> list[str]:
+    """What a run had begun to put into place when it was interrupted: its neighbours, and last its output."""
+    file = state / "placed.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def open_state(state: Path, settings: dict, pins: dict[str, str], *, resume: bool) -> None:
+    """Creates or, with `resume`, reopens the state folder of a run; what is there otherwise may go (`refuse_existing`).
 
     pins: {what the run reads: its sha256}, recorded when it starts. Raises: UserError for a state of other settings, or of
     inputs that have changed since.
     """
     recorded = state / "recipe.yaml"
-    if recorded.exists() and not overwrite:
+    if resume and recorded.exists():
         old = yaml.safe_load(recorded.read_text())
         changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
         if changed:

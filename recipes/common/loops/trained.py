@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from recipes.common.core.run import Run
 from recipes.common.loops.training import Groups, Loss, Masks, Schedule, train
 from zoo.checkpoint import save_checkpoint
+from zoo.errors import UserError
 from zoo.folder import atomic_folder, open_folder
 
 
@@ -156,6 +157,10 @@ class Trained:
     def check(self) -> None:
         super().check()
         self.training.check()
+        if not 0 <= self.seed <= 2**32 - self.seeds:
+            raise UserError(
+                f"--seed {self.seed}: from 0 to {2**32 - self.seeds} is possible where something is trained."
+            )
 
     def needs(self, run: TrainedRun) -> tuple[float, float, float]:
         """From one step of training on this machine."""

@@ -112,3 +112,13 @@ def test_a_broken_old_report_is_a_finding(folder, old, part, damage):
     (folder / "report.json").write_text(json.dumps(old | {part: damage}))
     (found,) = problems(folder, "report")
     assert "a broken report of schema_version 1" in found
+
+
+def test_of_an_old_card_forged_prose_and_missing_rows_are_found(folder):
+    path = folder / "README.md"
+    text = path.read_text()
+    path.write_text(text + "\nPerplexity is 1.00, better than dense.\n")
+    assert "which the report does not give" in problems(folder)[0]
+    row = next(line for line in text.splitlines() if line.startswith("| KV4 "))
+    path.write_text(text.replace(f"{row}\n", ""))
+    assert "lacks the row" in problems(folder)[0]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,20 @@ def test_killed_and_resumed_gives_the_same_weights(base, finished, tmp_path):
     assert changed.returncode == 2 and "other values of iters" in changed.stderr
     resumed = run(command(base, output, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
+    assert weights(output) == weights(finished[0])
+
+
+def test_a_run_killed_after_its_last_move_is_finished_by_resume(base, finished, tmp_path):
+    output, state = tmp_path / "armor", tmp_path / "armor.state"
+    shutil.copytree(finished[0], output)
+    state.mkdir()
+    shutil.copy(output / "recipe.yaml", state)
+    refused = run(command(base, output, "--resume"))
+    assert refused.returncode == 2 and "it exists; pass --overwrite" in refused.stderr  # not known to be this run's
+    (state / "placed.json").write_text(json.dumps([str(output)]))
+    process = run(command(base, output, "--resume"))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == str(output) and not state.exists()
     assert weights(output) == weights(finished[0])
 
 

@@ -1,5 +1,7 @@
 """What is in the way of a run, and what a resumed one may find changed."""
 
+import json
+
 import pytest
 
 from recipes.common.core.state import check_device, open_state, refuse_existing
@@ -38,8 +40,11 @@ def test_a_neighbour_is_kept_unless_it_may_go(places, tmp_path):
         refuse(places, [beside])
     with pytest.raises(UserError, match="out-dense: it exists, and the run writes there"):
         refuse(places, [beside], resume=True)  # there is nothing to resume
-    open_state(places[1], {}, {}, overwrite=False)
-    refuse(places, [beside], resume=True)  # a run that was killed while it put things into place
+    open_state(places[1], {}, {}, resume=True)
+    with pytest.raises(UserError, match="out-dense: it exists, and the run writes there"):
+        refuse(places, [beside], resume=True)  # the run has not put anything there
+    (places[1] / "placed.json").write_text(json.dumps([str(beside), str(places[0])]))
+    refuse(places, [beside], resume=True)  # it was killed while it put things into place
     refuse(places, [beside], overwrite=True)
 
 
@@ -59,18 +64,18 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path):
 
 def test_a_state_is_continued_with_the_same_settings_and_inputs_only(places):
     state, settings, pins = places[1], {"lr": 1.0, "seed": 0}, {"base_model": "a" * 64}
-    open_state(state, settings, pins, overwrite=False)
+    open_state(state, settings, pins, resume=True)
     (state / "work").write_text("done")
     with pytest.raises(UserError, match="holds an unfinished run; pass --resume"):
         refuse(places)
     refuse(places, resume=True)
-    open_state(state, settings, pins, overwrite=False)
+    open_state(state, settings, pins, resume=True)
     with pytest.raises(UserError, match="made with other values of lr"):
-        open_state(state, settings | {"lr": 2.0}, pins, overwrite=False)
+        open_state(state, settings | {"lr": 2.0}, pins, resume=True)
     with pytest.raises(UserError, match="the base_model changed since"):
-        open_state(state, settings, {"base_model": "b" * 64}, overwrite=False)
+        open_state(state, settings, {"base_model": "b" * 64}, resume=True)
     assert (state / "work").exists()
-    open_state(state, settings | {"lr": 2.0}, pins, overwrite=True)
+    open_state(state, settings | {"lr": 2.0}, pins, resume=False)
     assert not (state / "work").exists()
 
 
