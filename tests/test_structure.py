@@ -126,4 +126,4 @@ def test_nothing_is_cited_that_the_reader_does_not_have():
 
 
 def test_what_is_compared_with_is_a_baseline():
-    assert not tracked(r"\brivals?\b|rival_|_rival", "*.py", "*.md", "*.yaml")
+    assert not tracked(r"\brivals?\b|rival_|_rival", "*.py", "*.md", "*.yaml", ":!zoo/record/migrate.py")

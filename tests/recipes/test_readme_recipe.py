@@ -124,4 +124,10 @@ def test_its_wrong_flags_are_refused_before_any_work(tree):
     )
     assert refused.returncode == 2 and "--density 2.0: a fraction between 0 and 1" in refused.stderr
     assert not list(tree.glob("wrong*"))
+    card = tree / "model_cards" / "magnitude.md"
+    card.rename(card.with_suffix(".aside"))
+    refused = run(tree, "-m", "recipes", "magnitude", "--dataset", "images", "--output", "wrong", *FLAGS)
+    card.with_suffix(".aside").rename(card)
+    assert refused.returncode == 2 and "the card needs a file that says what magnitude does" in refused.stderr
+    assert not list(tree.glob("wrong*"))
     assert "magnitude" in run(tree, "-m", "recipes", "--list").stdout.split()

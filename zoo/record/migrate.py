@@ -3,6 +3,8 @@
 from ..errors import UserError
 from .format import format_metric, format_time, method_name, metric_title
 
+RENAMED = {"rivals": "baselines"}  # words on cards of version 1
+
 
 def upgrade(report: dict) -> dict:
     """A report of an earlier version in the current one, with the same numbers; any other is returned as it is.

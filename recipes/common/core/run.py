@@ -29,6 +29,7 @@ from recipes.common.core.state import (
 )
 from recipes.common.metrics.metric import over_seeds
 from zoo.errors import UserError
+from zoo.record.card import method_file
 from zoo.record.hub import check_target, publish
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def begin(recipe: Recipe) -> Run:
     check_device(recipe.device)
     recipe.check()
     recipe.chosen_baselines()
+    method_file({"recipe": recipe.name, "config": recipe.settings()})  # what the card will say of the method
     for kind in recipe.export:
         if kind not in recipe.exports():
             allowed = f"one of {', '.join(recipe.exports())} is needed" if recipe.exports() else "it has none"
