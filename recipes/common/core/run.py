@@ -172,7 +172,7 @@ def finish(run: Run) -> None:
 def was_placed(recipe: Recipe) -> bool:
     """Whether a resumed run had put everything into place already."""
     placed = str(recipe.output_path) in placed_by(recipe.state_path)
-    return placed and recipe.resume and not list(recipe.state_path.glob(f"checkpoint-{recipe.seed}"))
+    return placed and recipe.resume and not (recipe.state_path / f"checkpoint-{recipe.seed}").exists()
 
 
 def clean_up(recipe: Recipe) -> None:
