@@ -120,15 +120,26 @@ def test_decoding_that_dequantises_says_how_to_avoid_it(model, monkeypatch):
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
 @pytest.mark.parametrize("pair", [*itertools.product((8, 4, 2), (8, 4, 2)), (16, 4), (8, 16)])
 def test_packed_attention_is_dequantised_attention(model, mode, pair):
-    found = {}
-    for implementation in ("sdpa", ATTENTION):
-        model.set_attn_implementation(implementation)
-        cache = KVTunerCache.from_config(model.config, table((pair, pair), mode))
-        found[implementation] = run(model, cache, IDS, chunks=(20,))
-    model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(found["sdpa"], found[ATTENTION], atol=2e-4, rtol=1e-4)
+    """Wherever both ways of summing round to the same codes and 16-bit scales, at rounding's distance.
+
+    What lies half-way between two may fall to either side (about one run in six), and then all that follows differs
+    by a step of quantisation, on any processor.
+    """
+    for seed in range(6):
+        ids, found, codes = torch.randint(0, 256, IDS.shape, generator=torch.Generator().manual_seed(seed)), {}, {}
+        for implementation in ("sdpa", ATTENTION):
+            model.set_attn_implementation(implementation)
+            cache = KVTunerCache.from_config(model.config, table((pair, pair), mode))
+            found[implementation] = run(model, cache, ids, chunks=(20,))
+            codes[implementation] = [x for x in stored(cache) if x.dtype != torch.float32]
+        model.set_attn_implementation("sdpa")
+        if all(map(torch.equal, *codes.values())):
+            break
+    else:
+        pytest.fail("the codes differ for six texts out of six")
+    torch.testing.assert_close(found["sdpa"], found[ATTENTION], atol=2e-5, rtol=1e-4)
     if 16 not in pair and pair[0] < 8:
-        dense = run(model, DynamicCache(config=model.config), IDS, chunks=(20,))
+        dense = run(model, DynamicCache(config=model.config), ids, chunks=(20,))
         assert (found["sdpa"] - dense).abs().max() > 1e-3  # it is quantised
 
 

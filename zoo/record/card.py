@@ -80,7 +80,7 @@ def method_file(report: dict) -> dict:
     """Front matter of model_cards/<method>.md, filled in, with the text below it as "body"."""
     name, about = method_name(report), baseline_texts(report["recipe"])
     path = CARDS / f"{name}.md"
-    if not path.is_file() and name in about:
+    if not path.is_file() and name in about and name != report["recipe"]:  # a baseline as the method of another recipe
         path = CARDS / "plain.md"
     if not path.is_file():
         raise UserError(f"there is no {path}: the card needs a file that says what {name} does.")
