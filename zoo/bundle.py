@@ -1,7 +1,7 @@
 """Write the runtime's own source into a checkpoint folder, so that it loads where slimzoo is not installed.
 
 transformers copies only flat .py files reached by one-level relative imports. So each module of this package that a
-model file needs becomes a sibling with a prefix (zoo/kernels/build.py -> slimzoo_kernels_build.py) in which only the
+model file needs becomes a sibling with a prefix (zoo/kernels/ops.py -> slimzoo_kernels_ops.py) in which only the
 module paths of relative imports differ. This file is itself bundled: in a bundle the siblings are already flat, and
 writing them elsewhere is a copy, so a model loaded with trust_remote_code carries its code along when saved.
 """

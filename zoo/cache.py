@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -42,6 +42,9 @@ SLOW = (
 CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 MODES, PREFILLS, BITS = ("per_token", "kivi"), ("exact", "quantized"), (2, 4, 8, 16)
 GROWTH, LEAST_UNITS = 1.5, 64  # of the buffers, in tokens or blocks
+SAVED = {"format": "slimzoo kv cache", "version": "1"}  # what a saved cache says of itself, beside layers and tokens
+PARTS = ("codes", "scale", "minimum")  # the packed tensors of a store, in the order of `Part`
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of dense keys and values
 
 
 @dataclass
@@ -251,8 +254,10 @@ class KVTunerLayer(CacheLayerMixin):
         if not store.block:
             return quantize_tokens(states, store.bits, self.form.group_size)
         if self.form.padding is not None:
-            start = store.tokens()
-            states = within_real(states, self.form.padding[:, start : start + states.shape[2]], store.block)
+            start, tokens = store.tokens(), states.shape[2]
+            real = self.form.padding[:, start : start + tokens]
+            real = torch.nn.functional.pad(real, (0, tokens - real.shape[1]), value=True)  # newer than the mask
+            states = within_real(states, real, store.block)
         return quantize_channels(states, store.bits, store.block)
 
     def get_seq_length(self) -> int:
@@ -369,72 +374,153 @@ class KVTunerCache(Cache):
         self.form.padding = None
 
     def save(self, path: str | Path) -> None:
-        """The state of a conversation as one safetensors file, to go on from with `load`."""
-        tensors, facts = {}, {}
-        for index, layer in enumerate(self.layers):
-            if not layer.is_initialized:
-                continue
-            facts[str(index)] = str(getattr(layer, "cumulative_length", layer.get_seq_length()))
-            for name, part in _stored(layer).items():
-                tensors |= {f"{index}.{name}.{key}": tensor for key, tensor in part.items()}
-        if self.form.padding is not None:
-            tensors["padding"] = self.form.padding
+        """The state of a conversation as one safetensors file, to go on from with `load`.
+
+        Raises: UserError if it could not be loaded again (layers of several lengths, numbers that are not finite), or the
+        file cannot be written.
+        """
+        lengths = sorted({layer.get_seq_length() for layer in self.layers})
+        if len(lengths) > 1:
+            raise UserError(f"{path}: the layers hold {' and '.join(map(str, lengths))} tokens; as many are needed.")
+        tensors = {}
+        if lengths[0]:
+            for index, layer in enumerate(self.layers):
+                tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in _stored(layer).items()}
+            _check_finite(path, tensors)
+            if self.form.padding is not None:
+                tensors["padding"] = self.form.padding.contiguous()
         partial = Path(f"{path}.part")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=facts)
-        partial.replace(path)
+        try:
+            facts = SAVED | {"layers": str(len(self.layers)), "tokens": str(lengths[0])}
+            save_file(tensors, partial, metadata=facts)
+            partial.replace(path)
+        except (SafetensorError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot be written ({error}).") from None
 
     @classmethod
     def load(cls, path: str | Path, config, table: dict | None = None, device="cpu") -> "KVTunerCache":
-        """The cache that `save` wrote, for the same model and table. Raises: UserError if it is of another one."""
+        """The cache that `save` wrote, for the same model and table.
+
+        Names, shapes and dtypes of all tensors follow from the model, the table and the number of tokens and are compared
+        with that; then every code has a place and every byte is a valid code, so that kernels need not look again.
+        Raises: UserError, naming what is wrong, if the file is damaged, incomplete, or of another model or table.
+        """
         cache = cls.from_config(config, table)
-        with safe_open(path, "pt", device=str(device)) as file:
-            tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        cache.form.padding = tensors.pop("padding", None)
-        if facts and len(facts) != len(cache.layers):
-            raise UserError(f"{path}: it holds {len(facts)} layers, the model has {len(cache.layers)}.")
-        for index, length in facts.items():
-            prefix, layer = f"{index}.", cache.layers[int(index)]
-            found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            try:
-                _restore(layer, found, int(length))
-            except (KeyError, ValueError):
-                raise UserError(f"{path}: layer {index} was saved with another table.") from None
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): a file of KVTunerCache.save is needed.") from None
+        tokens = _saved_tokens(path, facts, len(cache.layers))
+        padding = tensors.pop("padding", None)
+        if not tokens and not tensors:
+            return cache
+        rows = _check_tensors(path, tensors, cache.layers, config.get_text_config(decoder=True), tokens)
+        _check_finite(path, tensors)
+        if padding is not None and not (padding.dtype == torch.bool and padding.ndim == 2 and len(padding) == rows):
+            raise UserError(f"{path}: padding is {_described(padding)}; bool of {rows} rows is needed.")
+        cache.form.padding = padding
+        for index, layer in enumerate(cache.layers):
+            _restore(layer, {name: tensors[f"{index}.{name}"] for name in _shapes(layer, tokens, 1, 1, 1)}, tokens)
         return cache
 
 
-def _stored(layer: CacheLayerMixin) -> dict[str, dict[str, Tensor]]:
-    """{"keys" | "values": {name: tensor}} of an initialised layer, without spare capacity."""
+# ------------------------------------------------------------------------------------------------- saving and loading
+
+
+def _stored(layer: CacheLayerMixin) -> dict[str, Tensor]:
+    """{"keys.codes": tensor, …} of an initialised layer, without spare capacity."""
     if not isinstance(layer, KVTunerLayer):
-        return {"keys": {"dense": layer.keys}, "values": {"dense": layer.values}}
+        kept = layer.sliding_window - 1 if layer.is_sliding else layer.get_seq_length()
+        return {"keys.dense": layer.keys[:, :, -kept:], "values.dense": layer.values[:, :, -kept:]}
     stored = {}
     for name, store in zip(("keys", "values"), layer.stores, strict=True):
-        packed = zip(("codes", "scale", "minimum"), store.part()[:3], strict=True) if store.units else ()
-        stored[name] = {"dense": store.dense, **dict(packed)}
+        stored[f"{name}.dense"] = store.dense
+        if store.units:
+            packed = zip(PARTS, store.part()[:3], strict=True)
+            stored |= {f"{name}.{part}": tensor for part, tensor in packed}
     return stored
 
 
-def _restore(layer: CacheLayerMixin, found: dict[str, Tensor], length: int) -> None:
-    """Fills an empty layer; KeyError or ValueError if the tensors are not of its widths."""
-    keys, values = found["keys.dense"], found["values.dense"]
-    layer.lazy_initialization(keys, values)
+def _restore(layer: CacheLayerMixin, stored: dict[str, Tensor], tokens: int) -> None:
+    """Fills an empty layer with what `_stored` gave."""
+    layer.lazy_initialization(stored["keys.dense"], stored["values.dense"])
     if not isinstance(layer, KVTunerLayer):
-        if len(found) > 2:
-            raise ValueError("quantised")
-        layer.keys, layer.values = keys, values
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = length
+        layer.keys, layer.values = stored["keys.dense"], stored["values.dense"]
+        if layer.is_sliding:
+            layer.cumulative_length = tokens
         return
-    layer.length = length
+    layer.length = tokens
     for name, store in zip(("keys", "values"), layer.stores, strict=True):
-        store.dense = found[f"{name}.dense"]
-        if f"{name}.codes" in found:
-            store.buffers = [found[f"{name}.{key}"] for key in ("codes", "scale", "minimum")]
+        store.dense = stored[f"{name}.dense"]
+        if f"{name}.codes" in stored:
+            store.buffers = [stored[f"{name}.{part}"] for part in PARTS]
             store.units = store.buffers[0].shape[2]
-            width = store.block * store.bits // 8 if store.block else store.dense.shape[-1] * store.bits // 8
-            if store.bits == 16 or store.buffers[0].shape[3] != width:
-                raise ValueError("other widths")
-        if store.tokens() + store.dense.shape[2] != length:
-            raise ValueError("other lengths")
+
+
+def _shapes(layer: CacheLayerMixin, tokens: int, rows: int, heads: int, size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all that `_stored` gives for a layer of `tokens` tokens, in order."""
+    if not isinstance(layer, KVTunerLayer):
+        kept = min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens
+        return {"keys.dense": (rows, heads, kept, size), "values.dense": (rows, heads, kept, size)}
+    shapes, form = {}, layer.form
+    for name, store in zip(("keys", "values"), layer.stores, strict=True):
+        packed = 0 if store.bits == 16 else tokens - tokens % (form.residual_length or 1)
+        shapes[f"{name}.dense"] = (rows, heads, tokens - packed, size)
+        if packed and store.block:  # by channel
+            units = packed // store.block
+            shapes[f"{name}.codes"] = (rows, heads, units, store.block * store.bits // 8, size)
+            shapes[f"{name}.scale"] = shapes[f"{name}.minimum"] = (rows, heads, units, size)
+        elif packed:
+            groups = 1 if form.group_size == -1 else size // form.group_size
+            shapes[f"{name}.codes"] = (rows, heads, packed, size * store.bits // 8)
+            shapes[f"{name}.scale"] = shapes[f"{name}.minimum"] = (rows, heads, packed, groups)
+    return shapes
+
+
+def _saved_tokens(path: str | Path, facts: dict[str, str], layers: int) -> int:
+    """How many tokens a saved cache holds, from its metadata; UserError if that is none of `save`, or of other layers."""
+    counts = [facts.get(key, "") for key in ("layers", "tokens")]
+    known = all(facts.get(key) == value for key, value in SAVED.items())
+    if not known or not all(count.isdecimal() and len(count) < 19 for count in counts):
+        raise UserError(f"{path} does not say that it is a saved cache: a file of KVTunerCache.save is needed.")
+    if int(counts[0]) != layers:
+        raise UserError(f"{path}: it holds {counts[0]} layers, the model has {layers}.")
+    return int(counts[1])
+
+
+def _check_tensors(path: str | Path, tensors: dict[str, Tensor], layers: list, config, tokens: int) -> int:
+    """The number of rows; UserError if the tensors are not exactly those of such layers after `tokens` tokens."""
+    first = tensors.get("0.keys.dense")
+    rows = len(first) if first is not None and first.ndim else 0
+    dtype = first.dtype if first is not None and first.dtype in DTYPES else torch.float32
+    wanted = {}
+    for index, (layer, own) in enumerate(zip(layers, config.per_layer_config, strict=True)):
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        size = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        for name, shape in _shapes(layer, tokens, max(rows, 1), heads, size).items():
+            kind = {"codes": torch.uint8, "dense": dtype}.get(name.rpartition(".")[2], torch.float16)
+            wanted[f"{index}.{name}"] = (shape, kind)
+    other = "it was saved with another table or for another model, or is damaged"
+    if odd := sorted(tensors.keys() ^ wanted.keys()):
+        raise UserError(f"{path} {'lacks' if odd[0] in wanted else 'has a tensor'} {odd[0]}: {other}.")
+    for name, (shape, kind) in wanted.items():
+        if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, kind):
+            needed = f"{str(kind).removeprefix('torch.')} {shape}"
+            raise UserError(f"{path}: {name} is {_described(tensors[name])}, {needed} is needed: {other}.")
+    return rows
+
+
+def _check_finite(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite: such a cache cannot be gone on from.")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 # ------------------------------------------------------------------------------------------------ attention and models

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .errors import UserError
-from .folder import INDEX, TORCH_DTYPES, ModelFolder, TensorFiles, atomic_folder, open_folder, readable_config
+from .folder import ModelFolder, atomic_folder, open_folder, readable_config
 from .layers.base import PackedLinear
 from .models import slim_class_for, slim_class_of
+from .models.strict import check_blocks
+from .tensors import INDEX, TORCH_DTYPES, TensorFiles
 
 SHARD_BYTES = 5 * 10**9
 HEAD = "lm_head"  # the output head of every causal language model of transformers that we have
@@ -48,9 +50,9 @@ def write_checkpoint(
         max_shard_bytes: size of the tensors in one weights file; a larger tensor gets a file to itself.
         settings: more keys of config.json, such as `kv_cache_quantization`; with some, no module need be packed.
     Returns: output.
-    Raises: UserError for a base that is unsupported or not readable, modules that do not fit it, packed tensors that
-        are missing, unknown, of wrong shape or dtype or not finite, an output that exists or cannot be written, and
-        for a disk that is too small.
+    Raises: UserError for a base that is unsupported, not readable or links its files elsewhere, modules that do not fit
+        it, packed tensors that are missing, unknown, of wrong shape or dtype or not finite, an output that exists or
+        cannot be written, and for a disk that is too small.
     """
     output = Path(output)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -59,6 +61,7 @@ def write_checkpoint(
         if Path(name).name != name:
             raise UserError(f"extra file {name!r}: a plain file name is needed.")
     source = open_folder(base)
+    source.carried_files()  # refused before the work
     config = _slim_config(source, compression, dtype, settings or {})
     shards = _plan_shards(_stored_tensors(config, dtype, source), max_shard_bytes)
     with atomic_folder(output, sum(shard.size for shard in shards)) as folder:
@@ -110,6 +113,8 @@ def _slim_config(base: ModelFolder, compression: dict, dtype: torch.dtype, more:
         raise UserError("compression_config.modules is empty: at least one packed module is needed.")
     with readable_config(base.path):
         config = model_class.config_class.from_dict({**settings, "compression_config": compression})
+    if config.tie_word_embeddings and not ties_head(base):
+        config.tie_word_embeddings = False  # says what from_pretrained makes of these weights
     if HEAD in compression.get("modules", {}) and config.tie_word_embeddings:
         config.tie_word_embeddings = False
         config.compression_config = {**compression, "untied_head": True}  # the dense model ties
@@ -118,9 +123,21 @@ def _slim_config(base: ModelFolder, compression: dict, dtype: torch.dtype, more:
     return config
 
 
+def ties_head(base: ModelFolder) -> bool:
+    """Whether the output head of a causal language model is the table of its embeddings, as from_pretrained decides: a
+    head that the weights hold beside the table, and that differs from it, is one of its own, whatever the config says.
+    """
+    head, tensors = f"{HEAD}.weight", base.tensors
+    table = base.empty_model.all_tied_weights_keys.get(head)
+    if table is None or head not in tensors or table not in tensors:
+        return table is not None
+    return torch.equal(tensors[head], tensors[table])
+
+
 def _stored_tensors(config, dtype: torch.dtype, base: ModelFolder) -> dict[str, torch.Tensor]:
     """{name: empty tensor} of all that the checkpoint holds; UserError if the base lacks something."""
-    with torch.device("meta"):
+    with readable_config(base.path), torch.device("meta"):
+        check_blocks(config, base.tensors)
         model = slim_class_of(config)._from_config(config, dtype=dtype)
     packed = {name for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     stored = {}

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,19 +14,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from .errors import UserError
-from .layers.base import REBUILD
 from .layers.packing import dense_weight
-from .models.packed import PackedModelMixin
+from .models.packed import PackedModelMixin, check_compression
+from .models.strict import check_blocks, reason
+from .tensors import TensorFiles, open_weights
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageClassification")
-INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CARRIED_FILES = (  # what a folder may hold besides weights and config
     "added_tokens.json",
     "chat_template.jinja",
@@ -40,15 +37,6 @@ CARRIED_FILES = (  # what a folder may hold besides weights and config
     "vocab.json",
     "vocab.txt",
 )
-TORCH_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}  # by their names in safetensors; all that a checkpoint may hold
 
 
 def open_folder(path: Path | str) -> "ModelFolder":
@@ -75,7 +63,8 @@ class ModelFolder:
 
     @property
     def compression(self) -> dict:
-        """The `compression_config`; empty for a stock folder."""
+        """The `compression_config`; empty for a stock folder. Raises: UserError for one that is none."""
+        check_compression(self.config.get("compression_config"))
         return self.config.get("compression_config") or {}
 
     @property
@@ -95,9 +84,9 @@ class ModelFolder:
         )
 
     @cached_property
-    def tensors(self) -> "TensorFiles":
+    def tensors(self) -> TensorFiles:
         """The weights, read lazily. Raises: UserError if they are missing, damaged or not safetensors."""
-        return TensorFiles(_weight_files(self.path))
+        return open_weights(self.path)
 
     @property
     def files(self) -> list[Path]:
@@ -109,8 +98,9 @@ class ModelFolder:
         """The model on the meta device. Raises: UserError for a config.json that describes none."""
         with readable_config(self.path):
             config = AutoConfig.from_pretrained(self.path)
-        with torch.device("meta"):
-            return getattr(transformers, self.auto_class).from_config(config)
+            check_blocks(config, self.tensors)
+            with torch.device("meta"):
+                return getattr(transformers, self.auto_class).from_config(config)
 
     def stock_config(self) -> dict:
         """The config of the base model: our model_type, classes and compression taken out."""
@@ -163,94 +153,37 @@ class ModelFolder:
         sizes["compressed_bytes"] = sum(numel * dtype.itemsize for dtype, numel in stored)
         return sizes
 
-    def carry_files(self, target: Path) -> None:
-        """Copies what is neither weights nor config: tokenizer, chat template, licence."""
-        for pattern in CARRIED_FILES:
-            for file in filter(Path.is_file, self.path.glob(pattern)):
-                shutil.copyfile(file, target / file.name)
+    def carried_files(self) -> list[Path]:
+        """What a copy of the model takes along besides weights and config: tokenizer, chat template, licence.
 
-
-class TensorFiles(Mapping):
-    """{name: tensor} of safetensors files, each read when it is asked for, in its stored dtype, on the CPU.
-
-    A file is mapped only while a tensor of it is alive, so memory follows the tensors in use, not the model.
-    Raises: UserError if a file is absent or damaged.
-    """
-
-    def __init__(self, files: list[Path]):
-        self.files = files
-        self.file_of: dict[str, Path] = {}
-        self._headers: dict[str, tuple[list[int], str]] = {}
+        Raises: UserError for one that is a link to another place, whose content nobody meant to publish. Links between
+        snapshots and blobs of a Hub cache are within the repository.
+        """
+        files = sorted({file for pattern in CARRIED_FILES for file in self.path.glob(pattern) if file.is_file()})
+        home = self.path.resolve()
+        homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
         for file in files:
-            with _opened(file) as opened:  # checks that the file is as long as its header says
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    entry = opened.get_slice(name)
-                    self.file_of[name], self._headers[name] = file, (entry.get_shape(), entry.get_dtype())
+            if not any(file.resolve().is_relative_to(home) for home in homes):
+                raise UserError(f"{file} is a link to {file.resolve()}: put the file itself there, or remove the link.")
+        return files
 
-    def __iter__(self):
-        return iter(self.file_of)
-
-    def __len__(self) -> int:
-        return len(self.file_of)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
-
-    def __getitem__(self, name: str) -> Tensor:
-        with _opened(self.file_of[name]) as opened:
-            return opened.get_tensor(name)
-
-    def shape(self, name: str) -> list[int]:
-        return self._headers[name][0]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises: UserError for a type that no checkpoint here may hold."""
-        stored = self._headers[name][1]
-        if stored not in TORCH_DTYPES:
-            raise UserError(f"{self.file_of[name]}: {name} is of type {stored}; {', '.join(TORCH_DTYPES)} are read.")
-        return TORCH_DTYPES[stored]
+    def carry_files(self, target: Path) -> None:
+        """Copies the carried files. Raises: UserError as `carried_files`."""
+        for file in self.carried_files():
+            shutil.copyfile(file, target / file.name)
 
 
 @contextmanager
 def readable_config(path: Path) -> Iterator[None]:
-    """What transformers says of a config.json that describes no model, as UserError."""
+    """What transformers and we say of a config.json that describes no model, as UserError naming the folder."""
     try:
         yield
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: config.json does not describe a model of its type ({reason}).") from None
-
-
-@contextmanager
-def _opened(file: Path):
-    """safe_open, with damage and absence as UserError."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}); {REBUILD}.") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that the index names, in name order; as from_pretrained chooses them."""
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        hint = f"{', '.join(pickled)} could run code when unpickled and is never opened; " if pickled else ""
-        raise UserError(
-            f"{folder} has no model.safetensors; {hint}save the model with save_pretrained: weights are only read from"
-            " safetensors files."
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is not an index of weights files; {REBUILD}.") from None
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index} names {name!r}, which is not a file of the folder; {REBUILD}.")
-    return [folder / name for name in names]
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # whatever classes of transformers raise for values that they did not expect
+        raise UserError(f"{path}: config.json does not describe a model of its type ({reason(error)}).") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -1,14 +1,18 @@
-"""What the Spaces share: where models come from, decoding two of them in turn with a clock each, bytes in memory, and parts
-of their pages, which alone need gradio."""
+"""What the Spaces share: where models come from, what a visitor may ask for, decoding two models in turn with a clock each,
+bytes in memory, and parts of their pages, which alone need gradio."""
 
+import math
 import os
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from PIL import Image, ImageOps
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from .cache import CACHE
@@ -16,8 +20,16 @@ from .errors import UserError
 
 MAX_PROMPT = 2000  # characters
 MAX_NEW_TOKENS = 256
+MAX_TEMPERATURE, MIN_TEMPERATURE = 2.0, 0.1  # 0 is greedy
+MAX_SEED = 2**32 - 1
 MAX_IMAGE_BYTES = 5 << 20
 MAX_PIXELS = 4096 * 4096
+MAX_SIDE = 8192  # pixels
+MAX_ASPECT = 16  # a processor that resizes the shorter side makes the longer one as much longer
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+SHOWN_SIDE = 1024  # pixels of the image that a page shows
+HELD = 100  # visitors in line, one being served
+KEPT = 600  # seconds that an uploaded file stays
 TURNS = 5  # forward passes that an image's latency is the fastest of
 CLASSES_SHOWN = 5
 
@@ -42,26 +54,94 @@ def find_dense(name: str | None, report: dict) -> str:
     return report["base_model"]["id"]
 
 
+# ----------------------------------------------------------------------------------------------- what a visitor may ask
+
+
+def check_text(text: object, name: str = "The prompt", limit: int = MAX_PROMPT) -> str:
+    """A visitor's text without the space around it. Raises: UserError if it is none, empty, too long or not printable."""
+    text = text.strip() if isinstance(text, str) else ""
+    if not text:
+        raise UserError(f"{name} is empty: write one first.")
+    if len(text) > limit:
+        raise UserError(f"{name} has {len(text)} characters; at most {limit} are allowed.")
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\r\t":
+            raise UserError(f"{name} holds U+{ord(character):04X}, which is no text: remove it.")
+    return text
+
+
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether it lies from low to high; an emptied field is None, and NaN lies nowhere."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_number(value: object, name: str, low: float, high: float) -> float:
+    if not is_number(value, low, high):
+        raise UserError(f"{name}: a number from {low:g} to {high:g} is needed.")
+    return float(value)
+
+
+def check_whole(value: object, name: str, low: int, high: int) -> int:
+    if not is_number(value, low, high) or value != int(value):
+        raise UserError(f"{name}: a whole number from {low} to {high} is needed.")
+    return int(value)
+
+
+def check_temperature(value: object) -> float:
+    """0 or more than logits can be divided by without an overflow."""
+    if not is_number(value, MIN_TEMPERATURE, MAX_TEMPERATURE) and not is_number(value, 0, 0):
+        raise UserError(f"Temperature: 0 (greedy) or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} is needed.")
+    return float(value)
+
+
+def check_new_tokens(value: object) -> int:
+    return check_whole(value, "New tokens", 1, MAX_NEW_TOKENS)
+
+
+def check_length(ids: Tensor, new_tokens: int, model: PreTrainedModel) -> None:
+    """Raises: UserError if the model does not read the prompt's ids (1, T) and `new_tokens` more."""
+    wanted, limit = ids.shape[1] + new_tokens, getattr(model.config, "max_position_embeddings", math.inf)
+    if wanted > limit:
+        raise UserError(
+            f"What was written and the answer take {wanted} tokens; the model reads {limit}: shorten the text or ask for"
+            " fewer tokens."
+        )
+
+
 def open_image(path: str | Path) -> Image.Image:
-    """An uploaded image in RGB, upright. Raises: UserError for a file that is too large or no image that can be read."""
+    """An uploaded image in RGB, upright. Raises: UserError, before a pixel is decoded, for a file or image that is too large
+    or too long, and for what is no image that can be read."""
     size = Path(path).stat().st_size
     if size > MAX_IMAGE_BYTES:
         raise UserError(f"The file has {size / 2**20:.1f} MiB; at most {MAX_IMAGE_BYTES >> 20} MiB are allowed.")
     try:
-        with Image.open(path) as image:  # reads the header only
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"The image has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are allowed."
-                )
+        with Image.open(path, formats=IMAGE_FORMATS) as image:  # reads the header only
+            check_size(image.width, image.height)
             return ImageOps.exif_transpose(image).convert("RGB")
-    except UserError:  # a ValueError too
+    except UserError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on damaged files
-        raise UserError("The file is not an image that can be read; upload a PNG, JPEG or WebP.") from None
+    except Exception:  # PIL lists nowhere what it raises on damaged files
+        raise UserError("The file is not an image that can be read; upload a PNG, JPEG, WebP or GIF.") from None
+
+
+def check_size(width: int, height: int) -> None:
+    """Bounds what decoding and resizing an image take."""
+    short, long = sorted((width, height))
+    if width * height > MAX_PIXELS or long > MAX_SIDE:
+        raise UserError(
+            f"The image has {width} x {height} pixels; at most {MAX_PIXELS:,}, and {MAX_SIDE} a side, are allowed."
+        )
+    if long > MAX_ASPECT * short:
+        raise UserError(
+            f"The image has {width} x {height} pixels; the longer side may be at most {MAX_ASPECT} times the shorter."
+        )
+
+
+# --------------------------------------------------------------------------------------------------- what models answer
 
 
 @torch.inference_mode()
-def classify(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[dict[str, float], str]:
+def classify(model: PreTrainedModel, pixels: Tensor) -> tuple[dict[str, float], str]:
     """({class: probability} of the likeliest, how long it took, as Markdown) for one image (1, 3, H, W)."""
     seconds = []
     for _ in range(TURNS):
@@ -87,7 +167,7 @@ def cache_bytes(cache: Cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 
-def encode_chat(tokenizer, prompt: str) -> torch.Tensor:
+def encode_chat(tokenizer, prompt: str) -> Tensor:
     """Token ids (1, T) of one message of a user, in the model's chat template if it has one."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt").input_ids
@@ -104,7 +184,7 @@ class Decoder:
         self,
         model: PreTrainedModel,
         tokenizer,
-        ids: torch.Tensor,
+        ids: Tensor,
         temperature: float = 0.0,
         seed: int = 0,
         cache: Cache | None = None,
@@ -152,6 +232,41 @@ class Decoder:
 # ------------------------------------------------------------------------------------------------------ parts of pages
 
 
+@contextmanager
+def sentences() -> Iterator[None]:
+    """A UserError inside is shown on the page as its sentence, without a traceback in the log."""
+    import gradio as gr
+
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from None  # it stays until it is closed
+
+
+def page(title: str):
+    """The gr.Blocks of a Space; files that visitors uploaded are removed after a while."""
+    import gradio as gr
+
+    return gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT, KEPT))
+
+
+def serve(app, *checkpoints: Path, wait: bool = True) -> None:
+    """Starts a page and, with `wait`, stays.
+
+    One visitor is answered at a time, HELD more are shown their place in line, and the next is refused. Uploads are bounded
+    where the page has a field for them, and refused where it has none: gradio would store them.
+    """
+    import gradio as gr
+
+    takes_files = any(isinstance(block, gr.UploadButton) for block in app.blocks.values())
+    app.queue(max_size=HELD, default_concurrency_limit=1)
+    app.launch(
+        allowed_paths=[str(checkpoint / "plots") for checkpoint in checkpoints],
+        max_file_size=MAX_IMAGE_BYTES if takes_files else 0,
+        prevent_thread_lock=not wait,
+    )
+
+
 def answer_columns(titles: dict[str, str], lines: int = 10) -> list:
     """Two outputs a column, for a `Decoder`'s text and figures; titles: {start of the element's id: title}."""
     import gradio as gr
@@ -172,13 +287,13 @@ def upload_row(titles: dict[str, str], answer: Callable[[Image.Image], list]) ->
     import gradio as gr
 
     def opened(path: str | None) -> list:
-        if path is None:
-            raise gr.Error("Upload an image first.")
-        try:
+        with sentences():
+            if path is None:
+                raise UserError("Upload an image first.")
             image = open_image(path)
-        except UserError as error:
-            raise gr.Error(str(error)) from None
-        return [image, *answer(image)]
+        shown = image.copy()
+        shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        return [shown, *answer(image)]
 
     with gr.Row():
         with gr.Column(scale=1):
@@ -187,7 +302,7 @@ def upload_row(titles: dict[str, str], answer: Callable[[Image.Image], list]) ->
         for name, title in titles.items():
             with gr.Column(scale=1):
                 outputs += [gr.Label(label=title, elem_id=name), gr.Markdown(elem_id=f"{name}-time")]
-    upload.upload(opened, upload, outputs, concurrency_limit=1)
+    upload.upload(opened, upload, outputs)
 
 
 def show_plots(checkpoint: Path) -> None:

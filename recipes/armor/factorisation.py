@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from recipes.common.parts.pruners import mask_n_m
+from recipes.common.parts.pruners import LayerStats, PerGroup, mask_n_m, sparsegpt
 from zoo.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-9  # added to the diagonal of the small normal equations of the sparse-core step
 DAMPING = 0.01  # of the mean diagonal of H, as SparseGPT does
+SHRINK = 0.3  # of H towards its diagonal: inputs of other texts are correlated otherwise
 FP16_RANGE = 2.0**8  # wrapper blocks outside [1/range, range] hand a power of two to S
 PATIENCE = 100  # iterations without progress before the loop stops
 
@@ -86,9 +88,17 @@ def init_nowag(W_bar: Tensor, d: Tensor, b_out: int, b_in: int, n: int, m: int) 
     return Factors(A, W_bar * M, M, B, n, m)
 
 
-def optimise(f: Factors, W_bar: Tensor, d: Tensor, options: Armor, generator: torch.Generator) -> tuple[float, float]:
+def optimise(
+    f: Factors,
+    W_bar: Tensor,
+    d: Tensor,
+    options: Armor,
+    generator: torch.Generator,
+    watch: Callable[[int, Factors, float], None] = lambda *_: None,
+) -> tuple[float, float]:
     """Step 5, in place on `f`. Returns (L_init, L_final) with L_final <= L_init.
 
+    watch(iterations done, best factors so far, their loss) is called before every iteration and at the end.
     Cost per iteration: six block-diagonal products, i.e. 3 forward equivalents of 2 (b_out + b_in) FLOP per weight.
     """
     Z = (W_bar.square() * d).sum()
@@ -107,6 +117,7 @@ def optimise(f: Factors, W_bar: Tensor, d: Tensor, options: Armor, generator: to
         first = loss if step == 0 else first
         if loss < best_loss:
             best, best_loss = f.clone(), loss
+        watch(step, best, best_loss)
         stalled = stalled + 1 if loss > (1 - 1e-6) * previous or loss > previous - 1e-8 else 0
         previous = loss
         if step == options.iters or stalled >= PATIENCE:
@@ -262,8 +273,12 @@ def solve_psd(gram: Tensor, rhs: Tensor, current: Tensor) -> Tensor:
     """argmin_X tr(X^T gram X) - 2 tr(X^T rhs) per block, as a correction of `current`, so that a tiny ridge (which a
     singular gram needs) pulls towards the current value and the loss cannot rise."""
     ridge = 1e-7 * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-    gram_r = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram_r)
+    for _ in range(8):  # equal rows can leave a gram that rounding makes indefinite
+        gram_r = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram_r)
+        if not failed.any():
+            break
+        ridge = torch.where(failed > 0, 10 * ridge, ridge)
     return current + torch.cholesky_solve(rhs - gram @ current, factor)
 
 
@@ -289,48 +304,130 @@ def rebalance(A: Tensor, S: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def refit(
-    W: Tensor, H: Tensor | None, A: Tensor, S: Tensor, M: Tensor, B: Tensor, what: str, cg_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Step 7: lowers tr((ASB - W) H (ASB - W)^T) by A in closed form, then by S with its mask fixed.
+    W: Tensor, H: Tensor | None, A: Tensor, S: Tensor, M: Tensor, B: Tensor, keep: PerGroup, options: Armor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step 7: lowers tr((ASB - W) H (ASB - W)^T), which no turn of it can raise. Returns (A, S, M, B).
 
-    A_m = W_m H P_m^T (P_m H P_m^T)^-1 with P = S B; then `cg_steps` of conjugate gradients, Jacobi-preconditioned, on
-    (A^T A) S (B H B^T) = A^T W H B^T restricted to the kept entries. W (d_out, d_in), H (d_in, d_in) = mean x x^T.
+    options.refit names the parts of a turn: M, a new mask (`refit_mask`); A, exactly; S and B, in `options.refit_steps`
+    steps each. There are `options.refit_rounds` turns; one whose new mask leads nowhere better is done again without, and
+    those that follow keep the mask. W (d_out, d_in), H (d_in, d_in) = mean x x^T, with `ridge` on its diagonal.
     """
     if H is None:
         raise UserError("--refit needs full Hessians, which this calibration did not collect; use --refit none.")
-    # H is the largest tensor here, half a gigabyte at d_in = 11008: its damping is added to what it is multiplied with.
-    damping = DAMPING * H.diagonal().mean().item()
-    WH = (W @ H).add_(W, alpha=damping)
+    parts, steps = options.refit.split("+"), options.refit_steps
+    # H is the largest tensor here, half a gigabyte at d_in = 11008: the ridge is added to what it is multiplied with.
+    more = ridge(H)
+    WH = (W @ H).addcmul_(W, more)
+
+    def turn(A: Tensor, S: Tensor, M: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        A = refit_A(WH, H, more, A, S, B)
+        if "S" in parts:
+            S = refit_S(WH, H, more, A, S, M, B, steps)
+        if "B" in parts:
+            B = refit_B(WH, H, more, A, S, B, steps)
+        return A, S, M, B
+
+    def loss(A: Tensor, S: Tensor, M: Tensor, B: Tensor) -> float:
+        delta = block_diag_product(A, S, B).sub_(W)
+        return torch.sum((delta @ H).addcmul_(delta, more).mul_(delta)).item()
+
+    found, masks = (A, S, M, B), "M" in parts
+    for _ in range(options.refit_rounds if {"M", "B"} & set(parts) else 1):
+        if masks:
+            A, S, M, B = found
+            tried = turn(A, *refit_mask(W, H, more, A, S, M, B, keep), B)
+            masks = loss(*tried) < loss(*found)
+        found = tried if masks else turn(*found)
+    A, S, M, B = found
+    return (refit_A(WH, H, more, A, S, B) if "B" in parts else A), S, M, B
+
+
+def ridge(H: Tensor) -> Tensor:
+    """What a refit adds to the diagonal of H (d_in, d_in): (d_in,). In proportion to it, which is as good as shrinking all
+    else, and a constant.
+    """
+    diagonal = H.diagonal()
+    return SHRINK / (1 - SHRINK) * diagonal + DAMPING * diagonal.mean()
+
+
+def of_core(H: Tensor, more: Tensor, B: Tensor) -> Tensor:
+    """B (H + diag(more)) B^T: the second moments of what S is applied to."""
+    Q = right(H, B.transpose(1, 2))  # H B^T, and row by row of blocks B H B^T
+    rows = zip(B, Q.split(B.shape[1]), more.split(B.shape[1]), strict=True)
+    for n, (block, part, own) in enumerate(rows):
+        part[:, n * len(block) : (n + 1) * len(block)].addcmul_(block.T, own[:, None])
+        part.copy_(block @ part)
+    return Q
+
+
+def refit_mask(
+    W: Tensor, H: Tensor, more: Tensor, A: Tensor, S: Tensor, M: Tensor, B: Tensor, keep: PerGroup
+) -> tuple[Tensor, Tensor]:
+    """(S, M) of SparseGPT between the wrappers: of A^-1 W B^-1, for inputs B x; what is given where they have no inverse.
+
+    It takes the rows of S for independent, which they are where A^T A is diagonal: nothing to rely on, but to begin with.
+    """
+    A_inverse, B_inverse = (torch.linalg.inv_ex(blocks)[0] for blocks in (A, B))
+    if not (torch.isfinite(A_inverse).all() and torch.isfinite(B_inverse).all()):
+        return S, M
+    inner = of_core(H, more, B)
+    found = sparsegpt(right(left(A_inverse, W), B_inverse), LayerStats(inner, inner.diagonal().clone(), 0), keep)
+    return found, keep.mask(found.abs())
+
+
+def refit_A(WH: Tensor, H: Tensor, more: Tensor, A: Tensor, S: Tensor, B: Tensor) -> Tensor:
+    """A_m = W_m H P_m^T (P_m H P_m^T)^-1 with P = S B."""
     P = right(S, B)
     P_blocks = P.view(len(A), A.shape[1], -1)
-    gram = P_blocks @ (P @ H).add_(P, alpha=damping).view_as(P_blocks).transpose(1, 2)
+    gram = P_blocks @ (P @ H).addcmul_(P, more).view_as(P_blocks).transpose(1, 2)
     target = WH.view_as(P_blocks) @ P_blocks.transpose(1, 2)
     del P, P_blocks
     A = solve_psd((gram + gram.transpose(1, 2)) / 2, target.transpose(1, 2), A.transpose(1, 2)).transpose(1, 2)
-    A = A.contiguous()
-    if what == "A":
-        return A, S
-    Q = right(H, B.transpose(1, 2))  # H B^T, and row by row of blocks B H B^T
-    for n, (block, rows) in enumerate(zip(B, Q.split(B.shape[1]), strict=True)):
-        rows[:, n * len(block) : (n + 1) * len(block)].add_(block.T, alpha=damping)
-        rows.copy_(block @ rows)
+    return A.contiguous()
+
+
+def refit_S(WH: Tensor, H: Tensor, more: Tensor, A: Tensor, S: Tensor, M: Tensor, B: Tensor, steps: int) -> Tensor:
+    """Steps towards (A^T A) S (B H B^T) = A^T W H B^T, restricted to the kept entries."""
+    Q = of_core(H, more, B)
     AtA = A.transpose(1, 2) @ A
     diagonal = AtA.diagonal(dim1=1, dim2=2).reshape(-1, 1) * Q.diagonal()
     inverse_diagonal = M / diagonal.clamp_min(1e-30)
+    del diagonal
     residual = left(A.transpose(1, 2), right(WH, B.transpose(1, 2)).sub_(left(A, S @ Q))).mul_(M)
-    del WH, diagonal
-    S = S.clone()
+    return conjugate_gradients(S, residual, lambda X: left(AtA, X @ Q).mul_(M), inverse_diagonal, steps)
+
+
+def refit_B(WH: Tensor, H: Tensor, more: Tensor, A: Tensor, S: Tensor, B: Tensor, steps: int) -> Tensor:
+    """Steps towards T_n^T (T B H)_n = T_n^T (W H)_n with T = A S, for every block n of B."""
+    T = left(A, S)
+    T_blocks = columns(T, B).transpose(1, 2)  # (d_in/b, b, d_out)
+
+    def image(X: Tensor) -> Tensor:
+        TX = right(T, X)
+        return torch.bmm(T_blocks, columns((TX @ H).addcmul_(TX, more), X))
+
+    norms = T_blocks.square().sum(2)[..., None]
+    inverse_diagonal = 1 / (norms * H.diagonal().add(more).view(len(B), 1, -1)).clamp_min(1e-30)
+    residual = torch.bmm(T_blocks, columns(WH, B)).sub_(image(B))
+    return conjugate_gradients(B, residual, image, inverse_diagonal, steps)
+
+
+def conjugate_gradients(
+    X: Tensor, residual: Tensor, image: Callable[[Tensor], Tensor], inverse_diagonal: Tensor, steps: int
+) -> Tensor:
+    """X after `steps` steps towards image(X) = image(X) + residual, Jacobi-preconditioned; `residual` is used up."""
+    X = X.clone()
     direction = residual * inverse_diagonal
     rz = torch.sum(residual * direction)
-    for _ in range(cg_steps):
-        image = left(AtA, direction @ Q).mul_(M)
-        curvature = torch.sum(direction * image)
+    for _ in range(steps):
+        moved = image(direction)
+        curvature = torch.sum(direction * moved)
         if not curvature > 0 or not rz > 0:  # converged to the last bit, or nothing to fit
             break
         step = (rz / curvature).item()
-        S.add_(direction, alpha=step)
-        residual.sub_(image, alpha=step)
-        z = torch.mul(residual, inverse_diagonal, out=image)
+        X.add_(direction, alpha=step)
+        residual.sub_(moved, alpha=step)
+        z = torch.mul(residual, inverse_diagonal, out=moved)
         rz, previous = torch.sum(residual * z), rz
         direction.mul_(rz / previous).add_(z)
-    return A, S
+    return X

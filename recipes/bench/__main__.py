@@ -17,7 +17,7 @@ from recipes.bench.kernels import bench_block_sparse, bench_linear
 from recipes.bench.models import bench_caches, bench_model
 from recipes.bench.pictures import bench_vit
 from recipes.bench.rounds import write_rows
-from zoo.kernels.build import LEVELS, level
+from zoo.kernels.libraries import LEVELS, level, library
 
 PARTS = {
     "linear": [bench_linear],
@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
     flags = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, {LEVELS[level()]}")
+    lib = library("bitmask_linear")
+    print(f"{torch.get_num_threads()} threads, {LEVELS[level(lib)] if lib else 'plain torch'}")
     print(f"{'op':32}{'shape':>14}{'batch':>7}{'GB/s':>7}{'of bound':>10}   speed against its peers")
     rows = []
     for part in [flags.only] if flags.only else PARTS:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +19,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 from recipes.bench.attention import QUANTISED
 from recipes.bench.kernels import BLOCK, GROUP, two_of_four
 from recipes.bench.rounds import rounds, run_apart
+from recipes.common.metrics.memory import peak_rss_bytes
 from zoo.cache import ATTENTION, CACHE, KVTunerCache
 from zoo.layers.packing import pack_layers
 
@@ -161,7 +160,7 @@ def run_model(kind: str, new_tokens: int, repeats: int, compiled: bool) -> dict:
             model(torch.randint(0, 32000, (1, 512)), logits_to_keep=1)
             prefill.append(time.perf_counter() - begin)
     steps = steps or decode_compiled(model, new_tokens, repeats)
-    peak = peak_memory()  # before the read bandwidth takes its own
+    peak = peak_rss_bytes()  # before the read bandwidth takes its own
     return {
         "decode": statistics.median(steps),
         "prefill": statistics.median(prefill),
@@ -195,16 +194,7 @@ def run_cache(kind: str, tokens: int, new_tokens: int) -> dict:
             token, begin = torch.randint(0, 32000, (1, 1)), time.perf_counter()
             model(token, use_cache=True, position_ids=torch.tensor([[place]]), **{CACHE: cache})
             seconds.append(time.perf_counter() - begin)
-    return {"decode": statistics.median(seconds), "peak_rss": peak_memory()}
-
-
-def peak_memory() -> int:
-    """Bytes of resident memory at most so far. Linux's ru_maxrss would begin at what the parent process had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"decode": statistics.median(seconds), "peak_rss": peak_rss_bytes()}
 
 
 def main() -> None:

@@ -5,14 +5,18 @@ python -m recipes.bench.peers [--output runs/bench-peers.json]
 llama.cpp runs Q4_0 and Q8_0 (32 weights share a scale), we 4 and 8 bits in groups of 128; both store every matrix so, the
 head included. Each run is a process of its own, and both take turns: only ratios within a round are compared. Decoding
 starts after 32 tokens; prefill is a prompt of 512. "compiled" is torch.compile with a cache of fixed length: 500 modules
-take longer to call from Python than llama.cpp's graph takes to walk.
+take longer to call from Python than llama.cpp's graph takes to walk. What fails is not tried again: its rows say why, and
+the others go on. `make bench-peers` builds llama.cpp without its AMX code, which dies of SIGILL where a second thread may
+not use the tiles; one that was built before has to be removed first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -101,33 +105,63 @@ def run_llama_cpp(path: Path, repeats: int = 3) -> dict[str, float]:
     return {"decode": statistics.median(decode), "prefill": statistics.median(prefill)}
 
 
+def commands(scratch: Path) -> dict[str, list]:
+    """{name: module and flags} of every measurement of a round; writes the models that llama.cpp reads."""
+    found = {}
+    for ours, theirs in PAIRS.items():
+        print(f"writing a model of {theirs}", flush=True)
+        write_gguf(scratch / theirs, theirs)
+        found[ours] = ["recipes.bench.models", "--model", ours, "--tokens", NEW_TOKENS]
+        found[COMPILED.format(ours)] = [*found[ours], "--compiled"]
+        found[theirs] = ["recipes.bench.peers", "--run", scratch / theirs]
+    return found
+
+
+def attempt(command: list) -> dict[str, float] | str:
+    """What a measurement in its own process gives, or in a few words why it gives nothing."""
+    try:
+        return run_apart(*command)
+    except subprocess.CalledProcessError as error:
+        if error.returncode < 0:
+            return f"ended by {signal.Signals(-error.returncode).name}"
+        return (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+    except (IndexError, ValueError):
+        return "printed no numbers"
+
+
 def compare(rounds: int) -> list[dict]:
-    """A row for each phase of each pair: tokens per second of both, and the ratio in every round."""
+    """A row for each phase of each pair: tokens per second of both, the ratio in every round, and what failed."""
     runs: dict[str, list[dict]] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        commands = {}
-        for ours, theirs in PAIRS.items():
-            write_gguf(Path(scratch, theirs), theirs)
-            commands[ours] = ["recipes.bench.models", "--model", ours, "--tokens", NEW_TOKENS]
-            commands[COMPILED.format(ours)] = [*commands[ours], "--compiled"]
-            commands[theirs] = ["recipes.bench.peers", "--run", Path(scratch, theirs)]
-        for _ in range(rounds):
-            for name, command in commands.items():
-                runs.setdefault(name, []).append(run_apart(*command))
+        turns = commands(Path(scratch))
+        for index in range(rounds):
+            for name in [name for name in turns if name not in failed]:
+                print(f"round {index + 1}/{rounds}  {name:20}", end=" ", flush=True)
+                found = attempt(turns[name])
+                if isinstance(found, str):
+                    failed[name] = found
+                    print(f"failed: {found}", flush=True)
+                    continue
+                runs.setdefault(name, []).append(found)
+                print(f"{1e3 * found['decode']:.1f} ms a token, {found['prefill']:.2f} s a prompt", flush=True)
     return [
-        row(phase, tokens, kind, theirs, runs)
+        row(phase, tokens, (kind, theirs), runs, failed)
         for ours, theirs in PAIRS.items()
         for phase, tokens, kind in (("decode", 1, ours), ("decode", 1, COMPILED.format(ours)), ("prefill", 512, ours))
     ]
 
 
-def row(phase: str, tokens: int, ours: str, theirs: str, runs: dict[str, list[dict]]) -> dict:
-    seconds = {name: [run[phase] for run in runs[name]] for name in (ours, theirs)}
+def row(phase: str, tokens: int, pair: tuple[str, str], runs: dict[str, list[dict]], failed: dict[str, str]) -> dict:
+    """`failed` has {name: why} of those of the pair that did; what they measured before is kept."""
+    seconds = {name: [run[phase] for run in runs.get(name, [])] for name in pair}
+    ours, theirs = seconds.values()
     return {
         "phase": phase,
         "threads": torch.get_num_threads(),
-        "tokens_per_second": {name: tokens / statistics.median(values) for name, values in seconds.items()},
-        "speed_over_llama_cpp": [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)],
+        "tokens_per_second": {name: tokens / statistics.median(values) for name, values in seconds.items() if values},
+        "speed_over_llama_cpp": [b / a for a, b in zip(ours, theirs, strict=False)],
+        "failed": {name: failed[name] for name in pair if name in failed},
     }
 
 
@@ -142,9 +176,12 @@ def main() -> None:
         return
     rows = compare(flags.rounds)
     for found in rows:
-        speeds = "  ".join(f"{name} {speed:.1f} tokens/s" for name, speed in found["tokens_per_second"].items())
-        ratios = " ".join(f"{ratio:.2f}x" for ratio in found["speed_over_llama_cpp"])
-        print(f"{found['phase']:8} {speeds}  ours over llama.cpp, round by round: {ratios}")
+        parts = [f"{name} {speed:.1f} tokens/s" for name, speed in found["tokens_per_second"].items()]
+        parts += [f"{name} failed: {why}" for name, why in found["failed"].items()]
+        if found["speed_over_llama_cpp"]:
+            ratios = " ".join(f"{ratio:.2f}x" for ratio in found["speed_over_llama_cpp"])
+            parts.append(f"ours over llama.cpp, round by round: {ratios}")
+        print(f"{found['phase']:8} {'  '.join(parts)}")
     write_rows(rows, flags.output)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from recipes.armor import Armor
 from recipes.armor.factorisation import init_nowag, optimise
 from recipes.common.loops.streaming import MatrixStore, StreamedModel, compress_blocks
+from recipes.common.metrics.memory import peak_rss_bytes
 from recipes.common.parts.pruners import normalize
 from zoo.folder import atomic_folder
 
@@ -122,17 +122,18 @@ def main() -> None:
         write_random_model(flags.folder, SEVEN_B)
     size = sum(path.stat().st_size for path in flags.folder.glob("*.safetensors"))
     print(f"{flags.folder}: {size / 1e9:.1f} GB on disk")
-    recipe = Armor(iters=STEPS, refit_steps=STEPS, baselines=["none"])
+    recipe = Armor(iters=STEPS, curve=[], refit_rounds=1, refit_steps=STEPS, baselines=["none"])
     seconds = compress_first_blocks(flags.folder, recipe, flags.blocks) / flags.blocks
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
     print(f"peak resident memory over {flags.blocks} blocks: {peak / 2**30:.2f} GiB", flush=True)
     loop, refit = step_seconds(flags.folder, recipe)
-    rest = seconds - STEPS * (loop + refit)
+    steps = 2 * Armor.refit_steps * Armor.refit_rounds  # of S and of B; the new masks after the first are not in it
+    rest = seconds - STEPS * (loop + 2 * refit)
     print(f"a block takes {rest:.0f} s, {loop:.1f} s per iteration and {refit:.1f} s per step of the refit")
-    block = rest + Armor.iters * loop + Armor.refit_steps * refit
+    block = rest + Armor.iters * loop + steps * refit
     hours = math.ceil(SEVEN_B.num_hidden_layers * block / 360) / 10
     print(
-        f"projected: {SEVEN_B.num_hidden_layers} blocks at {Armor.iters} iterations and {Armor.refit_steps} steps in"
+        f"projected: {SEVEN_B.num_hidden_layers} blocks at {Armor.iters} iterations and {steps} steps in"
         f" {hours:.1f} hours"
     )
 

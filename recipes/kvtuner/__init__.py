@@ -5,20 +5,26 @@ Inside a layer one width for keys and one for values, so that ordinary kernels w
 
     1. quantiser   x^ = s code + m, m = min, s = (max - m) / (2^b - 1) per group, after RoPE
                    per_token: a group is one token of one head; kivi: values in groups of 32 along the head, keys in
-                   groups of 32 tokens of one channel, the newest S mod 32 tokens in 16 bits
+                   groups of 32 tokens of one channel, the newest S mod 32 tokens in 16 bits. By token and at 2
+                   bits m is the nearest multiple of s in the groups that lose less so: values cluster around 0
     2. errors      e_o(l, p) = ||o - o^|| / ||o||, o = softmax(q K^T / sqrt(D)) V, q of decoded tokens,
                    every layer alone, for each pair p                              (L, pairs)
     3. pruning     layer l keeps p unless some q has bits(q) <= bits(p), e_o(q) <= e_o(p), one strict;
                    bits = (K + V) / 2
-    4. clustering  layers with the same candidates: DBSCAN on their e_o; a group shares one pair
+    4. clustering  layers with the same candidates: DBSCAN on their e_o; a group shares one pair. Without --cluster,
+                   which is the default, every layer is a group of its own
     5. search      NSGA-II over one choice per group: f_a = KL(p || p^) on calibration text,
-                   f_m = sum_l (K_l + V_l) / 2L, soft constraint f_m <= max_bits
-    6. pick        the two best within max_bits go to held-out text, the better one becomes the table
+                   f_m = sum_l (K_l + V_l) / 2L, soft constraint f_m <= max_bits. Without --cluster it starts from the
+                   tables of least sum_l KL(p || p^ with layer l alone quantised), exact knapsacks at several budgets
+    6. pick        the two best within max_bits go to held-out text, the better one becomes the table; so do the best
+                   uniform table and the best found at each other budget, which a table of the report compares
 
-Deviates from the authors' code in: the float minimum instead of an integer zero point; blocks of keys never straddle
-channels; noise layers of DBSCAN are groups of their own, and groups are merged down to `max_groups`; own NSGA-II;
-KL instead of GSM8K accuracy unless `--objective gsm8k`, and windows of text instead of its prompts for the errors; the
-pick is made on text that was not searched on; no sink tokens, and scales always in fp16.
+Deviates from the authors' code in: the float minimum instead of an integer zero point, except at 2 bits by token; blocks
+of keys never straddle channels; noise layers of DBSCAN are groups of their own, and groups are merged down to
+`max_groups`; own NSGA-II; KL instead of GSM8K accuracy unless `--objective gsm8k`, and windows of text instead of its
+prompts for the errors; the pick is made on text that was not searched on; no sink tokens, and scales always in fp16. By
+default single layers in place of groups, the knapsacks to start from, and 3.25 bits, where uniform tables lose much;
+`--paper` takes groups, no knapsacks, 4 bits and GSM8K.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -35,11 +41,19 @@ from torch import Tensor, nn
 
 from recipes.common.core.state import matmul_flops
 from recipes.common.data.texts import calibration_windows
-from recipes.common.domains.language import LanguageRecipe
 from recipes.common.metrics.metric import over_runs
 from recipes.kvtuner.allocation import Group, cluster, pareto_pairs, print_layers, singles
-from recipes.kvtuner.baselines import ASIDE, RANDOM_TABLES, WIDER, baseline_tables, table_names, unfit_baselines
-from recipes.kvtuner.evidence import cache_findings
+from recipes.kvtuner.baselines import (
+    ASIDE,
+    BUDGETS,
+    RANDOM_TABLES,
+    baseline_tables,
+    table_names,
+    unfit_baselines,
+    wider,
+)
+from recipes.kvtuner.evidence import cache_findings, same_tables
+from recipes.kvtuner.flags import KVFlags
 from recipes.kvtuner.measuring import (
     CacheLanguage,
     check_cache,
@@ -52,6 +66,7 @@ from recipes.kvtuner.searching import (
     Archive,
     Evaluations,
     best,
+    best_uniform,
     check_objective,
     front,
     held_out_scores,
@@ -61,7 +76,6 @@ from recipes.kvtuner.searching import (
 from recipes.kvtuner.simulation import greedy, mean_kl, measure_errors, quantised_cache
 from recipes.kvtuner.state import KVRun, Tuned
 from recipes.kvtuner.tables import (
-    FORMATS,
     CacheFormat,
     Pair,
     Table,
@@ -80,76 +94,12 @@ from zoo.folder import open_folder
 
 ANSWER = 64  # greedy tokens per calibration prompt, at most half a window (step 2)
 HELD = 16  # windows to choose on, at most: log-probabilities over the whole vocabulary stay in memory
+ALONE = 2.5  # evaluations' worth of a layer's candidates alone: five, each of half the blocks on average
 
 
 @dataclass(frozen=True)
-class KVTuner(LanguageRecipe):
+class KVTuner(KVFlags):
     """Search the widths of the KV cache layer by layer; the weights stay as they are."""
-
-    mode: str = field(
-        default="per_token",
-        metadata={
-            "help": "what shares a scale: one token of a head, or KIVI's channels (keys) and groups of 32 (values)",
-            "choices": list(FORMATS),
-        },
-    )
-    group_size: int | None = field(
-        default=None, metadata={"help": "numbers per scale; -1 = a whole token (default: -1, with kivi 32)"}
-    )
-    residual_length: int | None = field(
-        default=None, metadata={"help": "kivi: tokens kept in 16 bits until a block is full (default: 0, with kivi 32)"}
-    )
-    pairs: list[str] = field(
-        default_factory=lambda: [pair_name((k, v)) for k in (8, 4, 2) for v in (8, 4, 2)],
-        metadata={"help": "widths to choose from, such as KV8 K8V4 K4V2; 2, 4, 8 or 16 bits"},
-    )
-    max_bits: float = field(default=4.0, metadata={"help": "mean width allowed, scales not counted"})
-    evals: int = field(default=200, metadata={"help": "tables to evaluate at most, the uniform ones included"})
-    population: int = field(default=40, metadata={"help": "of the genetic search"})
-    objective: str = field(
-        default="kl",
-        metadata={
-            "help": "what the search lowers: kl (to the 16-bit model), ppl, gsm8k (share of wrong answers; needs a"
-            " hub), or module:function called with model and tokenizer"
-        },
-    )
-    calib_samples: int = field(default=20, metadata={"help": "prompts on which the errors of the layers are measured"})
-    nsamples: int = field(
-        default=4,
-        metadata={
-            "help": "windows (gsm8k: questions) of the search; as many others, 16 at most, choose from what it found"
-        },
-    )
-    seqlen: int = field(default=512, metadata={"help": "tokens per calibration window"})
-    eps: float = field(default=0.05, metadata={"help": "DBSCAN's radius in e_o"})
-    min_samples: int = field(default=2, metadata={"help": "DBSCAN's neighbours that make a cluster"})
-    max_groups: int = field(default=8, metadata={"help": "groups of layers at most"})
-    prune: bool = field(default=True, metadata={"help": "keep only the pairs on each layer's Pareto front"})
-    cluster: bool = field(default=True, metadata={"help": "let like layers share a pair; else every layer has its own"})
-    prefill: str = field(
-        default="exact",
-        metadata={
-            "help": "what a prompt attends to: its own keys and values, or the quantised ones",
-            "choices": ["exact", "quantized"],
-        },
-    )
-    load_table: str | None = field(
-        default=None, metadata={"help": "take this table instead of searching: a YAML or JSON file, or a preset's name"}
-    )
-    baselines: list[str] = field(
-        default_factory=list,
-        metadata={"help": "baselines to measure beside it; 'none' for none (default: all but unclustered)"},
-    )
-    eval_windows: int = field(default=4, metadata={"help": "held-out windows of each of the texts A, B and C"})
-    eval_seqlen: int = field(default=1024, metadata={"help": "tokens per held-out window"})
-    tasks: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "lm-eval tasks, local or from a hub; 'none' for none"}
-    )
-    retrieval_items: int = field(default=20, metadata={"help": "long prompts from which a code is retrieved; 0 = none"})
-    retrieval_tokens: int = field(default=1024, metadata={"help": "tokens of such a prompt"})
-    speed_tokens: int = field(
-        default=1024, metadata={"help": "prompt after which decoding is timed; 0 = do not measure speed"}
-    )
 
     paper_title = "KVTuner: Sensitivity-Aware Layer-Wise Mixed-Precision KV Cache Quantization"
     arxiv = "2502.04420"
@@ -175,12 +125,8 @@ class KVTuner(LanguageRecipe):
         return None if self.load_table is None else given_table(self.load_table, self.mode, self.max_bits)
 
     def check(self) -> None:
-        """Refuses impossible values."""
+        super().check()
         menu, form = self.menu, self.form
-        self.at_least(calib_samples=1, nsamples=1, seqlen=16, min_samples=1, max_groups=1, population=2)
-        self.at_least(retrieval_items=0, speed_tokens=0)
-        if not self.eps > 0:
-            raise UserError(f"--eps {self.eps}: a radius above 0 is needed. Try --eps 0.05, the default.")
         smallest = min(map(pair_bits, menu))
         if not smallest <= self.max_bits <= 16:
             raise UserError(
@@ -202,10 +148,15 @@ class KVTuner(LanguageRecipe):
             raise UserError("--tasks gsm8k: the search of --objective gsm8k sees its items; measure another task.")
 
     def baseline_names(self) -> list[str]:
-        return [*table_names(self.menu, self.mode), *ASIDE]
+        return [*table_names(self.menu, self.mode, self.max_bits), ASIDE[self.cluster]]
 
     def default_baselines(self) -> list[str]:
-        return table_names(self.menu, self.mode)
+        """Every rule, and of the uniform tables those of few bits: the others cost minutes and are near 16 bits."""
+        few = [pair_name(pair) for pair in self.menu if pair_bits(pair) <= 4 and pair != (2, 4)]
+        named = [name for name in table_names(self.menu, self.mode, self.max_bits) if name not in ASIDE.values()]
+        uniform = {pair_name(pair) for pair in self.menu}
+        aside = {"reversed", "second", "kivi-8", "per-token-8"}
+        return [name for name in named if name in few or name not in uniform | aside]
 
     def check_base(self, run: KVRun) -> None:
         """Refuses a model whose cache cannot be quantised so."""
@@ -226,12 +177,14 @@ class KVTuner(LanguageRecipe):
 
     def needs(self, run: KVRun) -> tuple[float, float, float]:
         logits, parameters = 4 * run.domain.config.get_text_config().vocab_size, run.domain.base.parameters
-        kept = self.nsamples * (self.objective == "kl") + min(self.nsamples, HELD)  # windows with log-probabilities
+        kept = self.nsamples * (self.objective == "kl") + self.held  # windows with log-probabilities
         ram = 5 * parameters + logits * (kept * self.seqlen + 3 * max(2048, 4 * self.eval_seqlen)) + 2**30
+        width = run.domain.config.get_text_config().hidden_size
+        ram += 4 * run.shape[0] * width * self.nsamples * self.seqlen * (self.objective == "kl")
         disk = 4 * parameters + 2**24
         baselines = len(self.chosen_baselines()) + RANDOM_TABLES
-        tables = self.seeds * self.evals + 5 * run.shape[0]  # and the knapsack's
-        tokens = tables * self.nsamples * self.seqlen
+        tables = self.seeds * (self.evals + ALONE * run.shape[0])
+        tokens = tables * self.nsamples * self.seqlen + self.seeds * 2 * len(BUDGETS) * self.held * self.seqlen
         tokens += baselines * (3 * self.eval_windows * self.eval_seqlen + self.retrieval_items * self.retrieval_tokens)
         return ram, disk, 2 * 2 * parameters * tokens / matmul_flops() / 60
 
@@ -242,9 +195,14 @@ class KVTuner(LanguageRecipe):
         """Tokens of a window that are the model's own answer."""
         return min(ANSWER, self.seqlen // 2)
 
+    @property
+    def held(self) -> int:
+        """Windows held back from the search."""
+        return min(2 * self.nsamples, HELD)
+
     def windows(self, run: KVRun, seed: int) -> tuple[Tensor, ...]:
         """Calibration windows for the errors, for the search, and held back from it."""
-        parts = [self.calib_samples, self.nsamples, min(self.nsamples, HELD)]
+        parts = [self.calib_samples, self.nsamples, self.held]
         return calibration_windows(run.domain.text, run.domain.tokenizer, sum(parts), self.seqlen, seed).split(parts)
 
     def produce(self, run: KVRun, seed: int) -> None:
@@ -274,13 +232,18 @@ class KVTuner(LanguageRecipe):
             picks = {self.max_bits: [self.loaded]}
         else:
             archive = self.search(groups, errors, evaluate, seed)
-            picks = {limit: best(archive, limit) for limit in (self.max_bits, max(self.max_bits, WIDER))}
+            picks = {limit: best(archive, limit)[:1] for limit in BUDGETS} | {
+                self.max_bits: best(archive, self.max_bits)
+            }
+        held_out: dict[Table, float] = {}
         if run.processes.rank == 0:
             tables = {table for kept in picks.values() for table in kept}
+            tables |= {table for limit in picks for table in best_uniform(archive, limit)}
             sequences = torch.tensor(measured["sequences"])
             scores = held_out_scores(model, self.form, tables, held, sequences, prompt, folder / "held-out.json")
             picks = {limit: sorted(kept, key=scores.__getitem__) for limit, kept in picks.items()}
-        table, baselines = picks[self.max_bits][0], {}
+            held_out = {table: score[-1] for table, score in scores.items()}
+        table, baselines, seconds = picks[self.max_bits][0], {}, sum(evaluate.seconds.values())
         if seed == run.seeds[0]:
             baselines = baseline_tables(
                 [name for name in self.chosen_baselines() if name not in self.unfit(run)],
@@ -291,10 +254,9 @@ class KVTuner(LanguageRecipe):
                 form=self.form,
                 menu=self.menu,
                 seed=seed,
-                unclustered=lambda alone: best(self.search(alone, errors, evaluate, seed), self.max_bits)[0],
+                other_search=partial(self.other_search, errors, candidates, evaluate, seed),
             )
-        seconds = sum(evaluate.seconds[table] for table in archive)
-        run.tuned[seed] = Tuned(table, picks, archive, groups, errors, baselines, held, seconds)
+        run.tuned[seed] = Tuned(table, picks, archive, groups, errors, baselines, held, held_out, seconds)
 
     def candidates(self, errors: list[dict[Pair, float]]) -> list[tuple[Pair, ...]]:
         """Step 3: the pairs each layer may have, by falling bits."""
@@ -303,7 +265,7 @@ class KVTuner(LanguageRecipe):
         return [pareto_pairs(row) for row in errors]
 
     def groups(self, errors: list[dict[Pair, float]], candidates: list[tuple[Pair, ...]]) -> list[Group]:
-        """Step 4; with --no-cluster one group per layer."""
+        """Step 4; without --cluster one group per layer."""
         if not self.cluster:
             return singles(candidates)
         return cluster(errors, candidates, self.eps, self.min_samples, self.max_groups)
@@ -311,7 +273,15 @@ class KVTuner(LanguageRecipe):
     def search(self, groups: list[Group], errors: list[dict[Pair, float]], evaluate: Evaluations, seed: int) -> Archive:
         """Step 5."""
         settings = {key: getattr(self, key) for key in ("menu", "max_bits", "evals", "population")}
-        return search(groups, errors, evaluate, seed=seed, **settings)
+        return search(groups, errors, evaluate, seed=seed, isolated=not self.cluster, **settings)
+
+    def other_search(
+        self, errors: list[dict[Pair, float]], candidates: list[tuple[Pair, ...]], evaluate: Evaluations, seed: int
+    ) -> Table:
+        """What the search with groups finds where the own one has none, and without where it has."""
+        other = replace(self, cluster=not self.cluster)
+        archive = other.search(other.groups(errors, candidates), errors, evaluate, seed)
+        return best(archive, self.max_bits)[0]
 
     # ------------------------------------------------------------------------------------ the checkpoint, and measuring
 
@@ -359,7 +329,8 @@ class KVTuner(LanguageRecipe):
         """The tables of every variant but dense: of the method one a seed, of a random baseline several."""
         found, wanted = run.first, self.chosen_baselines()
         own = {self.method: [(run.tuned[seed].table, self.form) for seed in run.seeds]}
-        others = {"second": found.picks[self.max_bits][1:2], f"within-{WIDER:g}": found.picks.get(WIDER, [])[:1]}
+        above = wider(self.max_bits)
+        others = {"second": found.picks[self.max_bits][1:2], f"within-{above:g}": found.picks.get(above, [])[:1]}
         finds = {
             name: [(table[0], self.form)]
             for name, table in others.items()
@@ -379,9 +350,11 @@ class KVTuner(LanguageRecipe):
 
     def measure(self, run: KVRun, variant: str) -> list[dict[str, dict]]:
         """Dense once, the own tables seed by seed, a baseline as the mean over its tables."""
-        places = range(1 if variant == "dense" else len(self.tables(run)[variant]))
+        if variant == "dense":
+            return super().measure(run, variant)
+        places = range(len(self.tables(run)[variant]))
         found = [run.measure(f"{variant}-{place}", partial(self.open, run, variant, place)) for place in places]
-        return found if variant in ("dense", self.method) else [over_runs(found)]
+        return found if variant == self.method else [over_runs(found)]
 
     @contextmanager
     def reopen(self, folder: Path) -> Iterator[nn.Module]:
@@ -399,7 +372,7 @@ class KVTuner(LanguageRecipe):
 
     def divergence(self, run: KVRun, variant: str) -> float:
         """KL to the 16-bit model on the windows held back from the search; the mean over a baseline's tables."""
-        reference = run.reference  # before any table rounds the model's cache
+        reference = run.held_predictions  # before any table rounds the model's cache
 
         def of(place: int) -> dict:
             with self.open(run, variant, place) as model:
@@ -425,6 +398,8 @@ class KVTuner(LanguageRecipe):
         lines = notes(run.first.table, self.prefill, compression["method"] if compression["modules"] else None)
         if self.loaded:
             lines.append(f"the table was not searched but given, as --load-table {self.load_table}")
+        elif same := same_tables(tables, self.method):
+            found["same_as"] = same
         if self.objective == "gsm8k":
             lines.append(
                 f"the first {self.nsamples} test items of GSM8K were searched on, so no score on it is reported"

@@ -6,13 +6,14 @@ sorted by falling bits. Errors are e_o of step 2, one per layer and pair.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.kvtuner.genetic import Genome
+from recipes.kvtuner.genetic import Genome, Point
 from recipes.kvtuner.tables import Pair, Table, equivalent_bits, pair_bits, pair_name
 
 GROWTH = 1.25  # of DBSCAN's eps while there are too many groups
@@ -196,6 +197,25 @@ def knapsack(costs: Sequence[Sequence[float]], weights: Sequence[Sequence[int]],
     if not best:
         raise ValueError(f"capacity {capacity} is below the smallest weights")
     return min(best.values())[1]
+
+
+def isolated_losses(groups: Sequence[Group], evaluate: Callable[[Sequence[Table]], list[Point]]) -> list[list[float]]:
+    """The loss of each group's candidates, each measured with that group quantised and the rest in 16 bits."""
+    layers = sum(len(group.layers) for group in groups)
+    tables = [
+        tuple(pair if layer in group.layers else (16, 16) for layer in range(layers))
+        for group in groups
+        for pair in group.candidates
+    ]
+    losses = iter(evaluate(tables))
+    return [[next(losses)[0] for _ in group.candidates] for group in groups]
+
+
+def knapsack_genome(groups: Sequence[Group], losses: Sequence[Sequence[float]], bits: float) -> Genome:
+    """The least sum of `isolated_losses` within `bits`, exactly. Raises ValueError if nothing fits."""
+    layers = sum(len(group.layers) for group in groups)
+    weights = [[sum(pair) * len(group.layers) for pair in group.candidates] for group in groups]
+    return knapsack(losses, weights, math.floor(2 * bits * layers + 1e-6))  # the mean of integers, taken back
 
 
 def print_layers(measured: dict, menu: tuple[Pair, ...], candidates: list, groups: list[Group]) -> None:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-from recipes.kvtuner.allocation import Group, depth_table, knapsack, ladder, random_table, singles, table_of
+from recipes.kvtuner.allocation import (
+    depth_table,
+    isolated_losses,
+    knapsack_genome,
+    ladder,
+    random_table,
+    singles,
+    table_of,
+)
 from recipes.kvtuner.genetic import Genome, Point
 from recipes.kvtuner.tables import FORMATS, CacheFormat, Pair, Table, equivalent_bits, pair_name
 
-RANDOM_TABLES = 5
-WIDER = 6.0  # bits: the paper's other budget; what was found within it is reported too
-ASIDE = ("unclustered",)  # runs only if it is named: as many evaluations again
+RANDOM_TABLES = 3
+BUDGETS = (3.0, 3.25, 3.5, 4.0, 6.0)  # bits: where uniform tables are far apart, and the paper's two
+ASIDE = {True: "unclustered", False: "clustered"}  # by --cluster: the other search; only if named: as many tables again
 
 
-def table_names(menu: Sequence[Pair], mode: str) -> list[str]:
+def wider(bits: float) -> float:
+    """The paper's next budget above `bits`; what was found within it is reported too."""
+    return next((budget for budget in BUDGETS if budget >= 4 and budget > bits), bits)
+
+
+def table_names(menu: Sequence[Pair], mode: str, max_bits: float) -> list[str]:
     """In the order of the report: uniform tables, those of the other mode, other rules, other finds of the search."""
     uniform = [pair_name(pair) for pair in menu if pair != (16, 16)]
-    chosen = ["ladder", "reversed", "depth", "random", "knapsack", "second", f"within-{WIDER:g}"]
+    chosen = ["ladder", "reversed", "depth", "random", "knapsack", "second", f"within-{wider(max_bits):g}"]
     return [*uniform, *_other_mode(mode), *chosen]
 
 
@@ -37,10 +49,10 @@ def baseline_tables(
     form: CacheFormat,
     menu: Sequence[Pair],
     seed: int,
-    unclustered: Callable[[list[Group]], Table],
+    other_search: Callable[[], Table],
 ) -> dict[str, list[tuple[Table, CacheFormat]]]:
     """The tables of every named baseline that is not a find of the search: uniform ones, and what other rules give for the
-    bits of `table`. unclustered: the search's pick for the groups it is given.
+    bits of `table`. other_search: the pick of the search with groups where the own one has none, or without.
     """
     bits, alone, layers = equivalent_bits(table), singles(candidates), len(table)
 
@@ -53,8 +65,8 @@ def baseline_tables(
         "ladder": lambda: down_to(ladder(alone, errors)),
         "reversed": lambda: down_to(ladder(alone, errors, reverse=True)),
         "depth": lambda: depth_table(layers, bits),
-        "knapsack": lambda: isolated_knapsack(alone, bits, evaluate),
-        "unclustered": lambda: unclustered(alone),
+        "knapsack": lambda: table_of(knapsack_genome(alone, isolated_losses(alone, evaluate), bits), alone),
+        **dict.fromkeys(ASIDE.values(), other_search),
     }
     tables = {}
     for name in names:
@@ -65,23 +77,6 @@ def baseline_tables(
         elif width := _other_mode(form.mode).get(name):
             tables[name] = [(((width, width),) * layers, FORMATS[_other(form.mode)])]
     return tables
-
-
-def isolated_knapsack(
-    groups: Sequence[Group], bits: float, evaluate: Callable[[Sequence[Table]], list[Point]]
-) -> Table:
-    """The cheapest sum of losses within `bits`, each loss measured with one group quantised and the rest in 16 bits."""
-    layers = sum(len(group.layers) for group in groups)
-    tables = [
-        tuple(pair if layer in group.layers else (16, 16) for layer in range(layers))
-        for group in groups
-        for pair in group.candidates
-    ]
-    losses = iter(evaluate(tables))
-    costs = [[next(losses)[0] for _ in group.candidates] for group in groups]
-    weights = [[sum(pair) * len(group.layers) for pair in group.candidates] for group in groups]
-    capacity = math.floor(2 * bits * layers + 1e-6)  # the mean of integers over layers, taken back
-    return table_of(knapsack(costs, weights, capacity), groups)
 
 
 def _other(mode: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from recipes.kvtuner.genetic import Point, pareto_front
+from recipes.kvtuner.searching import best_uniform
 from recipes.kvtuner.tables import (
     CacheFormat,
     Pair,
@@ -46,6 +47,7 @@ def cache_findings(
     return {
         "tables": {
             "KV cache": cache_table(models, taken, dense, kls, head_dim),
+            **({"Best found at each budget": budget_table(found)} if found.held_out else {}),
             "Sensitivity of the layers": error_table(found, menu),
         },
         "figures": {"cache_bits": bits_figure(table), "cache_front": front_figure(found, table, menu, objective)},
@@ -69,6 +71,30 @@ def cache_table(
     rows[1] = [f"**{cell}**" for cell in rows[1]]
     header = ["", "bits", "bits with scales", "bytes a token", "of 16 bits", "KL on held-out calibration text"]
     return {"header": header, "rows": rows, "section": "sizes"}
+
+
+def budget_table(found: Tuned) -> dict:
+    """The best table found within each number of bits beside the best uniform one, by KL on windows not searched on."""
+    rows = []
+    for limit, (table, *_) in sorted((limit, kept) for limit, kept in found.picks.items() if kept):
+        rows.append([f"{limit:g}", *described(table, found.held_out)])
+        uniform = best_uniform(found.archive, limit)
+        rows[-1] += described(uniform[0], found.held_out) if uniform else ["none", "", ""]
+    header = ["bits allowed", "found", "its bits", "its KL", "best uniform", "its bits", "its KL"]
+    return {"header": header, "rows": rows}
+
+
+def described(table: Table, held_out: dict[Table, float]) -> list[str]:
+    """What a table is called, its bits, and its KL."""
+    name = pair_name(table[0]) if len(set(table)) == 1 else "mixed"
+    return [name, f"{equivalent_bits(table):.2f}", f"{held_out[table]:.4f}"]
+
+
+def same_tables(models: dict[str, tuple[Table, CacheFormat]], own: str) -> list[str]:
+    """The baselines that have the own table and format; uniform ones by their name, whether they were measured or not."""
+    table, form = models[own]
+    uniform = [pair_name(table[0])] if len(set(table)) == 1 else []
+    return list(dict.fromkeys([*uniform, *(name for name, m in models.items() if name != own and m == (table, form))]))
 
 
 def error_table(found: Tuned, menu: Sequence[Pair]) -> dict:

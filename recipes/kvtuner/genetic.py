@@ -43,7 +43,7 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     """Area that the points dominate, within the rectangle up to `reference`."""
     inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
     front = [inside[i] for i in pareto_front(inside)]
-    ends = [cost for _, cost in front[1:]] + [reference[1]]
+    ends = [*(cost for _, cost in front), reference[1]][1:]
     return sum((end - cost) * (reference[0] - loss) for (loss, cost), end in zip(front, ends, strict=True))
 
 

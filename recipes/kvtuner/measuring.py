@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from recipes.common.domains.language import Language
+from recipes.common.metrics.fidelity import Reference
 from recipes.common.metrics.speed import compare_speed, ratio
 from recipes.kvtuner.retrieving import Item, hidden_codes, retrieval
 from recipes.kvtuner.tables import (
@@ -47,8 +48,8 @@ class CacheLanguage(Language):
         super().check()
         self.items  # noqa: B018 (made now: too few tokens are refused)
 
-    def metrics(self, model: nn.Module) -> dict[str, dict]:
-        return super().metrics(model) | (retrieval(model, self.items) if self.items else {})
+    def metrics(self, model: nn.Module, reference: Reference | None = None) -> dict[str, dict]:
+        return super().metrics(model, reference) | (retrieval(model, self.items) if self.items else {})
 
 
 def check_cache(config, model: str, menu: Sequence[Pair], form: CacheFormat) -> None:

@@ -73,8 +73,8 @@ def retrieval(model: nn.Module, items: list[Item]) -> dict[str, dict]:
         nlls.append(nn.functional.cross_entropy(logits, target).item())
     n, share, ppl = len(items), statistics.fmean(found), math.exp(min(statistics.fmean(nlls), 700.0))
     return {
-        f"retrieval/{TASK}": metric(share, math.sqrt(share * (1 - share) / n), n, "items"),
+        f"retrieval/{TASK}": metric(share, math.sqrt(share * (1 - share) / n), n, "items", raw=found),
         f"perplexity/{TASK}": metric(
-            ppl, ppl * statistics.stdev(nlls) / math.sqrt(n) if n > 1 else None, n, "items", "ppl", False
+            ppl, ppl * statistics.stdev(nlls) / math.sqrt(n) if n > 1 else None, n, "items", "ppl", False, nlls
         ),
     }

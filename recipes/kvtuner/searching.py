@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,10 +16,18 @@ from tqdm.auto import tqdm
 
 from recipes.common.core.state import World, cached_json
 from recipes.common.metrics.language import perplexity, run_tasks
-from recipes.kvtuner.allocation import Group, ladder, table_of, uniform_genome
+from recipes.kvtuner.allocation import (
+    Group,
+    isolated_losses,
+    knapsack_genome,
+    ladder,
+    table_of,
+    uniform_genome,
+)
+from recipes.kvtuner.baselines import BUDGETS
 from recipes.kvtuner.genetic import Point, nsga2, pareto_front
-from recipes.kvtuner.simulation import first_divergence, log_probabilities, mean_kl, quantised_cache
-from recipes.kvtuner.tables import CacheFormat, Pair, Table, equivalent_bits, parse_table, table_text
+from recipes.kvtuner.simulation import block_inputs, first_divergence, log_probabilities, mean_kl, quantised_cache
+from recipes.kvtuner.tables import CacheFormat, Pair, Table, equivalent_bits, pair_bits, parse_table, table_text
 from zoo.errors import UserError
 
 PATIENCE = 60  # evaluations without gain of hypervolume before the search stops
@@ -34,7 +43,7 @@ class Evaluations:
     """
 
     def __init__(
-        self, model: nn.Module, form: CacheFormat, objective: Callable[[], float], folder: Path, processes: World
+        self, model: nn.Module, form: CacheFormat, objective: Callable[[Table], float], folder: Path, processes: World
     ):
         self.model, self.form, self.objective = model, form, objective
         self.folder, self.processes = folder, processes
@@ -67,7 +76,7 @@ class Evaluations:
             for table in tqdm(mine, desc="tables", unit="table", leave=False):
                 start = time.perf_counter()
                 with quantised_cache(self.model, table, self.form):
-                    loss = float(self.objective())
+                    loss = float(self.objective(table))
                 if not math.isfinite(loss):
                     raise UserError(
                         f"--objective: it is {loss} with the table {table_text(table)}, a number is needed."
@@ -89,8 +98,7 @@ class Evaluations:
 def drop_torn_line(path: Path) -> None:
     """Cuts off what a kill left of the last line, so that the next one starts afresh."""
     if path.exists():
-        text = path.read_text()
-        path.write_text(text[: text.rfind("\n") + 1])
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def check_objective(name: str) -> Callable | None:
@@ -106,16 +114,24 @@ def check_objective(name: str) -> Callable | None:
         raise UserError(f"--objective {name}: there is no such function ({error}).") from None
 
 
-def make_objective(name: str, model: nn.Module, tokenizer, windows: Tensor) -> Callable[[], float]:
-    """What the search lowers, for the model as it is when called; windows (N, T) are searched on."""
+def make_objective(name: str, model: nn.Module, tokenizer, windows: Tensor) -> Callable[[Table], float]:
+    """What the search lowers, for the model as it is when called, with the table that it has then; windows (N, T) are
+    searched on. The blocks before the first one that is quantised are not computed again for the KL.
+    """
     if name == "kl":
-        return partial(mean_kl, model, windows, log_probabilities(model, windows))
+        divergence = partial(mean_kl, model, windows, log_probabilities(model, windows), block_inputs(model, windows))
+        return lambda table: divergence(min(first_quantised(table), len(table) - 1))
     if name == "ppl":
-        return lambda: perplexity(model, windows)["value"]
+        return lambda _: perplexity(model, windows)["value"]
     if name == "gsm8k":
         score = "exact_match-flexible-extract/gsm8k_cot"
-        return lambda: 1 - run_tasks(model, tokenizer, ["gsm8k_cot"], len(windows))[score]["value"]
-    return partial(check_objective(name), model, tokenizer)
+        return lambda _: 1 - run_tasks(model, tokenizer, ["gsm8k_cot"], len(windows))[score]["value"]
+    return lambda _: check_objective(name)(model, tokenizer)
+
+
+def first_quantised(table: Table) -> int:
+    """The first layer that is not left in 16 bits; the number of layers if there is none."""
+    return next((layer for layer, pair in enumerate(table) if pair != (16, 16)), len(table))
 
 
 def search(
@@ -128,20 +144,28 @@ def search(
     evals: int,
     population: int,
     seed: int,
+    isolated: bool,
 ) -> Archive:
     """Step 5: the uniform tables of the menu, then NSGA-II over one choice per group, `evals` tables in all.
 
     The first population: what comes nearest to the uniform tables, and the steps of the greedy ladder nearest to
-    `max_bits`. errors: e_o, one dict per layer.
+    `max_bits`; with `isolated` before them the knapsack's tables at `max_bits` and at the other `BUDGETS`, from the
+    loss of every group alone, which takes more evaluations, of tables that are no candidates. errors: e_o, one dict
+    per layer.
     """
     layers = sum(len(group.layers) for group in groups)
     uniform = [(pair,) * layers for pair in menu]
     archive = dict(zip(uniform, evaluate(uniform), strict=True))
     steps = sorted(ladder(groups, errors), key=lambda g: abs(equivalent_bits(table_of(g, groups)) - max_bits))
+    seeds = [uniform_genome(pair, groups) for pair in menu] + steps
+    if isolated:
+        losses, lowest = isolated_losses(groups, evaluate), min(map(pair_bits, menu))
+        budgets = [max_bits, *(budget for budget in BUDGETS if budget >= lowest)]
+        seeds = [knapsack_genome(groups, losses, budget) for budget in budgets] + seeds
     found = nsga2(
         [len(group.candidates) for group in groups],
         lambda genomes: evaluate([table_of(genome, groups) for genome in genomes]),
-        seeds=[uniform_genome(pair, groups) for pair in menu] + steps,
+        seeds=seeds,
         budget=evals - len(uniform),
         population=population,
         limit=max_bits,
@@ -159,6 +183,12 @@ def best(archive: Archive, limit: float) -> list[Table]:
     return sorted((tables[i] for i in kept), key=archive.__getitem__)[:SHIPPED]
 
 
+def best_uniform(archive: Archive, limit: float) -> list[Table]:
+    """The uniform table of least loss within `limit` bits; none if all have more."""
+    tables = [table for table, (_, bits) in archive.items() if bits <= limit and len(set(table)) == 1]
+    return sorted(tables, key=archive.__getitem__)[:1]
+
+
 def front(archive: Archive) -> list[dict]:
     """The tables that no other beats in bits and loss, by rising bits."""
     tables = list(archive)
@@ -169,18 +199,26 @@ def front(archive: Archive) -> list[dict]:
 def held_out_scores(
     model: nn.Module, form: CacheFormat, tables: set[Table], windows: Tensor, sequences: Tensor, prompt: int, path: Path
 ) -> dict[Table, tuple]:
-    """What orders the picks, the smaller the better: KL on windows that were not searched on, to two digits; then how
-    long greedy decoding stays with the 16-bit model's answers (`first_divergence`); then bits. Kept at `path`.
+    """What orders the picks, the smaller the better: KL on windows that were not searched on, to two digits; between
+    equals how long greedy decoding stays with the 16-bit model's answers (`first_divergence`); then bits; last the whole
+    KL. Kept at `path`.
     """
 
     def make() -> dict:
         reference, found = log_probabilities(model, windows), {}
         for table in sorted(tables):
             with quantised_cache(model, table, form):
-                steps = first_divergence(model, sequences, prompt)
-                found[table_text(table)] = {"kl": mean_kl(model, windows, reference), "steps": steps}
-        return found
+                found[table] = {"kl": mean_kl(model, windows, reference), "steps": 0}
+        shown = [f"{row['kl']:.1e}" for row in found.values()]
+        for table, row in found.items():
+            if shown.count(f"{row['kl']:.1e}") > 1:
+                with quantised_cache(model, table, form):
+                    row["steps"] = first_divergence(model, sequences, prompt)
+        return {table_text(table): row for table, row in found.items()}
 
     found = cached_json(path, make)
     rows = {table: found[table_text(table)] for table in tables}
-    return {table: (float(f"{row['kl']:.1e}"), -row["steps"], equivalent_bits(table)) for table, row in rows.items()}
+    return {
+        table: (float(f"{row['kl']:.1e}"), -row["steps"], equivalent_bits(table), row["kl"])
+        for table, row in rows.items()
+    }

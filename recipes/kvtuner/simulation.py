@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recipes.common.metrics.fidelity import divergence
 from recipes.kvtuner.tables import CacheFormat, Pair, Table
 from zoo.cache import CACHE
 from zoo.kernels.kv_attention import quantize_channels, quantize_tokens
@@ -145,7 +146,8 @@ def measure_errors(
             for place, (own_k, bits_v) in enumerate(pairs):
                 if own_k == bits_k:
                     o_hat = a_hat @ rounded[bits_v][:, :, None]
-                    found[0, place] = ((o - o_hat).flatten(1).norm(dim=1) / o.flatten(1).norm(dim=1)).double().sum()
+                    wrong, size = (x.flatten(1).norm(dim=1).double() for x in (o - o_hat, o))
+                    found[0, place] = torch.where(wrong > 0, wrong / size, 0).sum()  # of values that are all 0 none
                     found[1, place] = relative(o, o_hat).double().sum()
         totals[layer.layer_idx] = totals.get(layer.layer_idx, 0) + found
         return key, value
@@ -167,7 +169,7 @@ def relative(x: Tensor, x_hat: Tensor) -> Tensor:
     """Mean |x - x^| / |x| of each prompt, over the entries that are not 0: (B,)."""
     there = x != 0
     ratio = torch.where(there, (x - x_hat).abs() / x.abs().where(there, torch.ones_like(x)), 0)
-    return ratio.flatten(1).sum(1) / there.flatten(1).sum(1)
+    return ratio.flatten(1).sum(1) / there.flatten(1).sum(1).clamp_min(1)
 
 
 # -------------------------------------------------------------------------------------------------- objectives, step 5
@@ -181,15 +183,51 @@ def log_probabilities(model: nn.Module, windows: Tensor) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def mean_kl(model: nn.Module, windows: Tensor, reference: list[Tensor]) -> float:
-    """mean over tokens of KL(p || p^) in nats: p from `log_probabilities` of the full-precision model, p^ the model's."""
+def block_inputs(model: nn.Module, windows: Tensor) -> list[list[Tensor]]:
+    """What every decoder block reads: (n, T, d) for each batch of the windows (N, T) and each block."""
+    found: list[list[Tensor]] = []
+
+    def record(_, args: tuple, kwargs: dict) -> None:
+        found[-1].append(args[0] if args else kwargs["hidden_states"])
+
+    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in model.get_decoder().layers]
+    for batch in windows.split(max(1, TOKENS // windows.shape[1])):
+        found.append([])
+        model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@contextmanager
+def resumed(model: nn.Module, block: int, states: Tensor) -> Iterator[None]:
+    """While open, the decoder begins at `block` with what it reads, `states` (B, T, d); those before it are not computed."""
+    skipped = model.get_decoder().layers[:block]
+    for layer in skipped:
+        layer.forward = lambda *_, **__: states
+    try:
+        yield
+    finally:
+        for layer in skipped:
+            del layer.forward
+
+
+@torch.inference_mode()
+def mean_kl(
+    model: nn.Module, windows: Tensor, reference: list[Tensor], inputs: list[list[Tensor]] | None = None, start: int = 0
+) -> float:
+    """mean over tokens of KL(p || p^) in nats: p from `log_probabilities` of the full-precision model, p^ the model's.
+
+    start, inputs: the first block that differs from the full-precision model, and that model's `block_inputs`.
+    """
     total = 0.0
-    for batch, full in zip(windows.split(max(1, TOKENS // windows.shape[1])), reference, strict=True):
-        logits = model(input_ids=batch.to(model.device), use_cache=False).logits
-        for p, row in zip(full, logits, strict=True):  # one window's probabilities in memory at a time
-            q = row.float().log_softmax(-1)
-            total += nn.functional.kl_div(q, p, reduction="sum", log_target=True).double().item()
-    return max(total / windows.numel(), 0.0)  # rounding may fall below 0
+    for place, (batch, full) in enumerate(
+        zip(windows.split(max(1, TOKENS // windows.shape[1])), reference, strict=True)
+    ):
+        with resumed(model, start, inputs[place][start]) if start else nullcontext():
+            logits = model(input_ids=batch.to(model.device), use_cache=False).logits
+        total += divergence(full.flatten(0, 1), logits.flatten(0, 1)).sum().item()
+    return total / windows.numel()
 
 
 @torch.inference_mode()

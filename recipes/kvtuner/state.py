@@ -19,12 +19,13 @@ class Tuned(NamedTuple):
     """What the search found for one seed."""
 
     table: Table
-    picks: dict[float, list[Table]]  # by the bits allowed, the better first
+    picks: dict[float, list[Table]]  # by the bits allowed, the better first; one each, two of --max-bits
     archive: Archive
     groups: list[Group]
     errors: list[dict[Pair, float]]  # e_o, one dict a layer
     baselines: dict[str, list[tuple[Table, CacheFormat]]]  # several of a random one; of the first seed only
     held: Tensor  # windows to choose on
+    held_out: dict[Table, float]  # KL on those, of the picks and of the best uniform tables
     seconds: float  # of the search
 
 
@@ -46,6 +47,6 @@ class KVRun(Run):
         return self.tuned[self.seeds[0]]
 
     @cached_property
-    def reference(self) -> list[Tensor]:
+    def held_predictions(self) -> list[Tensor]:
         """What the 16-bit model predicts on the windows held back from the search."""
         return log_probabilities(self.model, self.first.held)

@@ -16,7 +16,8 @@ Orders are compared on one set of matrices: each linear is quantised once per wi
 
 Deviates from the paper in: widths adjacent to b by default (4 and 3 for 3.5 bits; `--levels 4,2` is the paper's); LIM
 leaves out position 0, where attention sinks sit; `--importance sensitivity`, since both scores can miss a fragile block;
-AWQ by default, which lost least at 3 and 4 bits where it was compared (`--paper` takes GPTQ).
+AWQ by default, which lost least at 3 and 4 bits where it was compared (`--paper` takes GPTQ, with neither act-order nor
+searched ranges, which ours has).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -33,85 +34,35 @@ from torch import Tensor, nn
 
 from recipes.common.core.plots import layer_index
 from recipes.common.core.report import merged
-from recipes.common.domains.language import LanguageRecipe
-from recipes.common.loops.streamed import Streamed
 from recipes.common.loops.streaming import InputStatistics, MatrixStore, Method, Variant
 from recipes.common.metrics.language import perplexity
 from recipes.common.parts.pruners import LayerStats, PerGroup, sparsegpt
+from recipes.common.parts.quantizers import GPTQ_TOKENS, Quantized, awq, awq_scales, gptq, hqq, rtn, strong_gptq
 from recipes.layerwise_quant.claims import claims_table
 from recipes.layerwise_quant.evidence import curve_evidence, importance_evidence
+from recipes.layerwise_quant.flags import BACKENDS, QuantFlags
 from recipes.layerwise_quant.folding import Fold, block_scales, sources
 from recipes.layerwise_quant.importance import block_damage, kendall_tau, score_block
 from recipes.layerwise_quant.mixtures import QuantRun, notes
 from recipes.layerwise_quant.plans import (
     ORDERS,
-    WIDTHS,
     cut_plans,
     mixture_digest,
     parse_levels,
 )
-from recipes.layerwise_quant.quantizers import GPTQ_TOKENS, Quantized, awq, awq_scales, gptq, hqq, rtn
-from zoo.checkpoint import HEAD
+from zoo.checkpoint import HEAD, ties_head
 from zoo.errors import UserError
+from zoo.folder import open_folder
 from zoo.kernels.packed_linear.reference import check_format, pack_codes
 from zoo.layers.packing import row_bytes
 
-BACKENDS = ("rtn", "hqq", "gptq", "awq")
 HEAD_ROWS = 8192  # of the head that are quantised at once
 PRUNED_GROUP = 64  # weights of which the sparse baseline keeps the same number everywhere, unless it must be fewer
 
 
 @dataclass(frozen=True)
-class LayerwiseQuant(Streamed, LanguageRecipe):
+class LayerwiseQuant(QuantFlags):
     """Quantise every decoder linear to a mixture of two bit widths that meets any average."""
-
-    model: str = field(
-        default="smollm2-135m-instruct-degridded",
-        metadata={"help": "base model: a Hub id, a folder, or an offline alias"},
-    )
-    sequential: bool = field(
-        default=True,
-        metadata={
-            "help": "GPTQ calibrates each matrix on the outputs of the quantised ones before it, not of the dense"
-        },
-    )
-    nsamples: int = field(default=64, metadata={"help": "calibration windows"})
-    avg_bits: float = field(default=3.5, metadata={"help": "average bits of the quantised weights, 1..8"})
-    levels: str = field(
-        default="auto",
-        metadata={
-            "help": f"'high,low' or 'high,middle,low' of {', '.join(map(str, WIDTHS))}; auto: the closest two around"
-            " --avg_bits"
-        },
-    )
-    importance: str = field(
-        default="lim",
-        metadata={
-            "help": f"which blocks keep more bits: {', '.join(ORDERS)} (depth: the first, ends: the first and last), or"
-            " a .json list of one number per block, larger = more important"
-        },
-    )
-    backend: str = field(
-        default="awq",
-        metadata={"help": "quantiser of one matrix; the paper has rtn (Quanto) and gptq", "choices": list(BACKENDS)},
-    )
-    group_size: int = field(
-        default=64, metadata={"help": "inputs that share a scale: a multiple of 32 that divides them, -1 = all"}
-    )
-    symmetric: bool = field(default=False, metadata={"help": "no zero points"})
-    scale_search: bool = field(
-        default=False, metadata={"help": "RTN and GPTQ: search each group's range, not its extremes"}
-    )
-    keep: list[str] = field(
-        default_factory=list, metadata={"help": "blocks that stay at the high width: first, last, or numbers from 0"}
-    )
-    head_bits: int | None = field(
-        default=None,
-        metadata={"help": "bits of the output head; tied embeddings keep their table beside it (default: left alone)"},
-    )
-    curve_points: int = field(
-        default=2, metadata={"help": "points of each order's curve of quality against bits, besides its ends; 0 = none"}
-    )
 
     paper_title = (
         "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer Bit-Levels"
@@ -142,7 +93,7 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
         return [part for part in self.ignore if part != HEAD] if self.head_bits else self.ignore
 
     def check(self) -> None:
-        """Refuses impossible values."""
+        super().check()
         self.widths  # noqa: B018 (parsed now)
         if self.symmetric and self.backend == "hqq":
             raise UserError("--symmetric: HQQ searches zero points; use --backend rtn, gptq or awq.")
@@ -155,11 +106,8 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
             )
         if self.importance not in ORDERS and not self.importance.endswith(".json"):
             raise UserError(f"--importance {self.importance}: one of {', '.join(ORDERS)} or a .json file is needed.")
-        if self.head_bits not in (None, *WIDTHS):
-            raise UserError(f"--head_bits {self.head_bits}: one of {', '.join(map(str, WIDTHS))} is needed.")
-        self.at_least(curve_points=0)
-        if self.seqlen < 3 or self.nsamples < 2:
-            raise UserError(f"--nsamples {self.nsamples} --seqlen {self.seqlen}: 2 windows of 3 tokens at least.")
+        if self.seqlen < 3:
+            raise UserError(f"--seqlen {self.seqlen}: windows of 3 tokens at least are needed.")
 
     def check_matrix(self, name: str, d_out: int, d_in: int) -> None:
         """Refuses a matrix that the widths or groups do not fit."""
@@ -237,6 +185,8 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
             quantized = hqq(weight, *options)
         elif backend == "rtn":
             quantized = rtn(weight, *options, search=self.scale_search)
+        elif self.act_order:
+            quantized = strong_gptq(weight, stats, *options)
         else:
             quantized = gptq(weight, stats, *options, search=self.scale_search)
         return self.pack(quantized, backend)
@@ -264,8 +214,9 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
         """The head, of tied embeddings a copy of their table, to `store` as a matrix of the method."""
         if self.head_bits is None or store.has(self.method, HEAD):
             return
-        tied, tensors = run.streamed.config.get_text_config().tie_word_embeddings, run.streamed.tensors
-        weight = tensors.get(f"{run.streamed.decoder_prefix}embed_tokens.weight" if tied else f"{HEAD}.weight")
+        source = open_folder(run.domain.base.path)
+        table = f"{run.streamed.decoder_prefix}embed_tokens"
+        weight = source.tensors[f"{table if ties_head(source) else HEAD}.weight"]
         options = (*self.options(self.head_bits), self.scale_search)
         parts = [self.pack(rtn(rows.float(), *options), "rtn") for rows in weight.split(HEAD_ROWS)]
         packed = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
@@ -444,4 +395,7 @@ class LayerwiseQuant(Streamed, LanguageRecipe):
             claims = claims_table(curves, self.own_order, own, smaller, self.backend)
             parts = [curve_evidence(curves), {"tables": {"The paper's claims": claims}}]
         parts.append(importance_evidence(plan.scores, plan.bits, plan.stability))
-        return merged(*parts) | {"notes": notes(run, plan)}
+        found = merged(*parts) | {"notes": notes(run, plan)}
+        fixed = [*(f"{bits}-bit" for bits in self.widths), "zd", "depth", "ends"]  # whether they were measured or not
+        same = [name for name in fixed if name != self.own_order and run.mixtures(name, plan)[0] == plan.bits]
+        return found | ({"same_as": same} if same else {})

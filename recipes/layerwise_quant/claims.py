@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from zoo.record.compare import certain_sign
 from zoo.record.format import format_metric, metric_title
+from zoo.record.measurements import paired_difference
 
 CLOSE = 0.1  # how far above the all-high model a perplexity may be and still count as close
 HEADER = ["the paper claims", "measured here", "seen"]
@@ -61,18 +63,23 @@ def close_share(points: list[dict], key: str) -> float:
 
 
 def importance_claim(ours: list[dict], chance: list[dict], own: str, key: str) -> list[str]:
-    """At every point of the curve but its ends, which all orders share: is the order better than chance?"""
+    """At every point of the curve but its ends, which all orders share: is the order surely better than chance?"""
     told, better, inner = [], 0, list(zip(ours, chance, strict=True))[1:-1]
     for point, random in inner:
         a, b = point["metrics"][key], random["metrics"][key]
-        better += a["value"] < b["value"] - 2 * (b["spread"] or 0.0)
+        better += surely_lower(a, b)
         told.append(f"{format_metric(a)} against {format_metric(b)} at {point['bits']:.2f} bits")
     verdict = "yes" if better == len(inner) else f"at {better} of {len(inner)} points" if better else "no"
     return [f"{own} against random: {'; '.join(told)}", verdict]
 
 
+def surely_lower(a: dict, b: dict) -> bool:
+    """Whether one measured metric is below another by two standard errors of their difference, window by window."""
+    return certain_sign(paired_difference([a["raw"]], [b["raw"]])) < 0
+
+
 def size_claim(mixture: dict[str, dict], baselines: dict[str, dict[str, dict]], own: str, key: str) -> list[str]:
     shown = {own: mixture[key]} | {name: metrics[key] for name, metrics in baselines.items()}
-    beaten = [name for name in baselines if mixture[key]["value"] < shown[name]["value"]]
+    beaten = [name for name in baselines if surely_lower(mixture[key], shown[name])]
     told = ", ".join(f"{name} {format_metric(metric)}" for name, metric in shown.items())
     return [told, "yes" if len(beaten) == len(baselines) else f"against {beaten[0]} only" if beaten else "no"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recipes.common.core.plots import layer_index
 from recipes.common.core.state import cached_json
+from recipes.common.metrics.fidelity import divergence
 from zoo.errors import UserError
 
 
@@ -58,7 +59,7 @@ def block_damage(
 ) -> dict[int, float]:
     """Mean KL(dense || one block's linears replaced by stored(name)) over the tokens of a window (T,), in nats, by block."""
     batch = window[None].to(model.device)
-    reference = model(input_ids=batch, use_cache=False).logits[0].float().log_softmax(-1)
+    reference = model(input_ids=batch, use_cache=False).logits[0]
     blocks: dict[int, list[str]] = {}
     for name in linears:
         blocks.setdefault(layer_index(name, 0), []).append(name)
@@ -67,11 +68,10 @@ def block_damage(
         kept = {name: model.get_submodule(name).weight.data for name in names}
         for name in names:
             model.get_submodule(name).weight.data = stored(name).to(kept[name])
-        swapped = model(input_ids=batch, use_cache=False).logits[0].float().log_softmax(-1)
+        swapped = model(input_ids=batch, use_cache=False).logits[0]
         for name in names:
             model.get_submodule(name).weight.data = kept[name]
-        divergence = torch.nn.functional.kl_div(swapped, reference, reduction="sum", log_target=True)
-        damage[block] = divergence.item() / len(window)
+        damage[block] = divergence(reference, swapped).mean().item()
     return damage
 
 

@@ -14,10 +14,10 @@ from recipes.common.data.texts import calibration_windows
 from recipes.common.loops.streamed import StreamedRun
 from recipes.common.loops.streaming import MatrixStore
 from recipes.common.metrics.metric import over_runs
+from recipes.common.parts.quantizers import GPTQ_TOKENS
 from recipes.layerwise_quant.folding import Fold, folds_of
 from recipes.layerwise_quant.importance import least_first
 from recipes.layerwise_quant.plans import Plan, mixture_digest, order_blocks, pinned, read_scores, step_down
-from recipes.layerwise_quant.quantizers import GPTQ_TOKENS
 from zoo.checkpoint import HEAD
 from zoo.layers.packing import row_bytes
 

@@ -15,8 +15,9 @@ Deviates from the paper, whose code is the source of what follows (`--paper` tur
 and of the logits (1), where the code averages one gradient of mean(logits^2) over all images before it squares; curves are
 exact sums (3), where the code smooths 100 samples; the multiplier is found on the convex hull of the curves (5), where the
 code matches numerical derivatives and misses the budget by up to 2 %; power makes a layer *more* likely to be pruned
-(4), where the code's term does the opposite; step 6 is ours. The code ranks blocks one way for the curves and another way
-for the masks; here it is one order. Fine-tuning starts from the pruned weights, the code's from random ones.
+(4), where the code's term does the opposite; step 6 is ours. The code ranks blocks one way for the curves and by mean |W|
+for the masks (its caller passes `rank`, `ranking` is read); here it is one order, but for the baseline lpvit-code.
+Fine-tuning starts from the pruned weights, the code's from random ones.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from recipes.common.core.state import check_memory
 from recipes.common.data.base_models import BaseModel, resolve_model
 from recipes.common.data.image_batches import ImageTensors
 from recipes.common.data.images import calibration_images
@@ -39,6 +41,7 @@ from recipes.common.export.dense import unpack
 from recipes.common.loops.trained import Trained, TrainedRun
 from recipes.common.loops.training import Schedule
 from recipes.lpvit.allocation import EnergyTable
+from recipes.lpvit.baselines import BASELINES, SWEPT, UNSTRUCTURED
 from recipes.lpvit.blocks import Block, block_sums, count_macs, grid, matrix, pack_model, reconstruct
 from recipes.lpvit.evidence import image_costs, notes, target_sweep
 from recipes.lpvit.selection import (
@@ -47,10 +50,8 @@ from recipes.lpvit.selection import (
     apply_masks,
     check_targets,
     choose_in_rounds,
-    magnitude_masks,
     parse_block,
     select_layers,
-    wanda_masks,
     weight_masks,
 )
 from zoo.errors import UserError
@@ -65,42 +66,6 @@ TINY_SHAPE = {
 }
 TINY_SCHEDULE = Schedule(epochs=40, batch_size=32, lr=1e-3, optimizer="adamw", weight_decay=0.05, warmup_epochs=5)
 CALIBRATION_BATCH = 64
-
-# What each baseline changes of the flags, and the baselines that remove single weights.
-L1 = {"rank": "l1", "power_mode": "off", "rounds": 1, "reconstruct": "none"}
-BASELINES = {
-    "lpvit-no-ls": {"reconstruct": "none"},
-    "lpvit-one-round": {"rounds": 1},
-    "uniform-l1": L1 | {"alloc": "uniform"},
-    "uniform-l1+ls": L1 | {"alloc": "uniform", "reconstruct": "ls"},
-    "global-l1": L1 | {"alloc": "global"},
-    "block-lamp": L1 | {"alloc": "lamp"},
-    "block-erk": L1 | {"alloc": "erk"},
-    "global-fisher": {
-        "target_fn": "out",
-        "rank": "fisher",
-        "alloc": "global",
-        "power_mode": "off",
-        "reconstruct": "none",
-    },
-    "global-fisher+ls": {
-        "target_fn": "out",
-        "rank": "fisher",
-        "alloc": "global",
-        "power_mode": "off",
-        "reconstruct": "ls",
-    },
-    "lpvit-code": {
-        "target_fn": "sq",
-        "rank": "taylor",
-        "alloc": "derivative",
-        "power_mode": "official",
-        "rounds": 1,
-        "reconstruct": "none",
-    },
-}
-UNSTRUCTURED = {"magnitude": magnitude_masks, "wanda": wanda_masks}
-SWEPT = ("lpvit-no-ls", "uniform-l1", "uniform-l1+ls", "global-l1", "global-fisher", "global-fisher+ls")
 
 
 @dataclass
@@ -145,17 +110,27 @@ class LPViT(Trained, ClassificationRecipe):
         default="easy-vqa",
         metadata={"help": "images to calibrate, train and measure on: cifar10, easy-vqa, a folder, or a Hub data set"},
     )
-    nsamples: int = field(default=1024, metadata={"help": "calibration images, without labels, for the least squares"})
-    curve_samples: int = field(default=256, metadata={"help": "images, of those, for the statistics of the blocks"})
+    nsamples: int = field(
+        default=1024,
+        metadata={"help": "calibration images, without labels, for the least squares", "at_least": 1, "at_most": 10**6},
+    )
+    curve_samples: int = field(
+        default=256,
+        metadata={"help": "images, of those, for the statistics of the blocks", "at_least": 1, "at_most": 10**6},
+    )
     block: str = field(default="16,16", metadata={"help": "rows,columns of a block, multiples of 4 from 4 to 128"})
     target: float = field(
-        default=0.5, metadata={"help": "what the pruned layers may still cost, as a fraction of dense"}
+        default=0.5,
+        metadata={"help": "what the pruned layers may still cost, as a fraction of dense", "at_most": 1, "above": 0},
     )
     budget: str = field(
         default="flops",
         metadata={"help": "what --target is a fraction of", "choices": ["flops", "params", "energy"]},
     )
-    min_density: float = field(default=0.05, metadata={"help": "fraction of blocks that every layer keeps at least"})
+    min_density: float = field(
+        default=0.05,
+        metadata={"help": "fraction of blocks that every layer keeps at least", "at_least": 0, "at_most": 1},
+    )
     target_fn: str = field(
         default="out",
         metadata={
@@ -164,7 +139,10 @@ class LPViT(Trained, ClassificationRecipe):
             "choices": ["out", "ce", "sq"],
         },
     )
-    probes: int = field(default=1, metadata={"help": "random directions of the logits for each image, with out"})
+    probes: int = field(
+        default=1,
+        metadata={"help": "random directions of the logits for each image, with out", "at_least": 1, "at_most": 1000},
+    )
     rank: str = field(
         default="fisher",
         metadata={
@@ -181,7 +159,12 @@ class LPViT(Trained, ClassificationRecipe):
         },
     )
     rounds: int = field(
-        default=16, metadata={"help": "steps towards the target, each on statistics of the model as pruned so far"}
+        default=16,
+        metadata={
+            "help": "steps towards the target, each on statistics of the model as pruned so far",
+            "at_least": 1,
+            "at_most": 1000,
+        },
     )
     power_mode: str = field(
         default="physical",
@@ -190,32 +173,55 @@ class LPViT(Trained, ClassificationRecipe):
             "choices": ["physical", "official", "off"],
         },
     )
-    power_weight: float = field(default=0.5, metadata={"help": "share of energy in the price, 0..1, with physical"})
+    power_weight: float = field(
+        default=0.5, metadata={"help": "share of energy in the price, with physical", "at_least": 0, "at_most": 1}
+    )
     energy_table: str | None = field(default=None, metadata={"help": "YAML file of picojoules an operation"})
     reconstruct: str = field(
         default="ls", metadata={"help": "least squares for the blocks that remain, or none", "choices": ["ls", "none"]}
     )
     finetune: bool = field(default=False, metadata={"help": "train the checkpoint itself after pruning, for --epochs"})
-    epochs: int = field(default=10, metadata={"help": "of fine-tuning, for the rows called finetuned"})
+    epochs: int = field(
+        default=10, metadata={"help": "of fine-tuning, for the rows called finetuned", "at_least": 0, "at_most": 10000}
+    )
     batch_size: int = field(
-        default=64, metadata={"help": "images per step of fine-tuning, over all processes together"}
+        default=64,
+        metadata={
+            "help": "images per step of fine-tuning, over all processes together",
+            "at_least": 1,
+            "at_most": 2**16,
+        },
     )
     optimizer: str = field(default="adamw", metadata={"help": "of fine-tuning", "choices": ["sgd", "adamw"]})
-    lr: float = field(default=3e-4, metadata={"help": "peak learning rate of fine-tuning"})
-    weight_decay: float = field(default=0.05, metadata={"help": "not applied to biases and normalisation"})
-    warmup_epochs: float = field(default=1.0, metadata={"help": "epochs in which the learning rate rises"})
+    lr: float = field(default=3e-4, metadata={"help": "peak learning rate of fine-tuning", "at_most": 100, "above": 0})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "not applied to biases and normalisation", "at_least": 0, "at_most": 10}
+    )
+    warmup_epochs: float = field(
+        default=1.0, metadata={"help": "epochs in which the learning rate rises", "at_least": 0, "at_most": 10000}
+    )
     distill: str = field(
         default="soft",
         metadata={"help": "half of fine-tuning's loss is the divergence from the teacher", "choices": ["none", "soft"]},
     )
     teacher: str | None = field(default=None, metadata={"help": "folder or Hub id (default: the dense model)"})
-    include: str = field(default="", metadata={"help": "prune only layers whose name matches this regex"})
-    exclude: str = field(default="", metadata={"help": "leave layers alone whose name matches this regex"})
+    include: str = field(
+        default="", metadata={"help": "prune only layers whose name matches this regex", "regex": True}
+    )
+    exclude: str = field(
+        default="", metadata={"help": "leave layers alone whose name matches this regex", "regex": True}
+    )
     include_embed: bool = field(default=False, metadata={"help": "prune the patch embedding too; stays unpacked"})
     include_head: bool = field(default=False, metadata={"help": "prune the classifier too"})
     ragged: bool = field(default=False, metadata={"help": "allow blocks that do not divide a layer; padded with zeros"})
     densities: list[float] = field(
-        default_factory=lambda: [0.7, 0.4], metadata={"help": "other targets to measure the main variants at; 1 = none"}
+        default_factory=lambda: [0.7, 0.4],
+        metadata={
+            "help": "other targets to measure the main variants at; 1 = none",
+            "at_most": 1,
+            "above": 0,
+            "empty": True,
+        },
     )
 
     paper_title = "LPViT: Low-Power Semi-structured Pruning for Vision Transformers"
@@ -227,24 +233,16 @@ class LPViT(Trained, ClassificationRecipe):
     def check(self) -> None:
         super().check()
         self.blocks, self.table  # noqa: B018 (parsed now)
-        for name in ("target", "min_density", "power_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} {getattr(self, name)}: a fraction from 0 to 1 is needed.")
         for target in (self.target, *self.densities):
-            if not self.min_density <= target <= 1 or target == 0:
-                raise UserError(
-                    f"--target {target}: more than 0, at least --min_density {self.min_density} and at most 1 are needed."
-                )
-        self.at_least(probes=1, rounds=1, curve_samples=1)
-        if self.epochs and self.warmup_epochs >= self.epochs:
-            raise UserError(f"--warmup_epochs {self.warmup_epochs}: fewer than --epochs {self.epochs} are needed.")
+            if target < self.min_density:
+                flag = "target" if target == self.target else "densities"
+                raise UserError(f"--{flag} {target}: at least --min_density {self.min_density} is needed.")
         if self.nsamples < self.curve_samples:
             raise UserError(f"--nsamples {self.nsamples}: at least --curve_samples {self.curve_samples} are needed.")
         if self.rank == "taylor" and self.target_fn != "sq":
             raise UserError(
                 "--rank taylor: the mean gradient of --target_fn sq is needed; other gradients average to 0."
             )
-        self.regexes("include", "exclude")
 
     def check_base(self, run: LPViTRun) -> None:
         """The base must be a classifier of these images whose layers the blocks fit and can be pruned so far."""
@@ -306,6 +304,16 @@ class LPViT(Trained, ClassificationRecipe):
         model, variants = self.fresh(run, run.seeds[0]), self.variants(run)
         layers, size = self.layers_of(model), 4 * model.num_parameters()
         pixels = run.pixels(run.seeds[0], min(self.nsamples, CALIBRATION_BATCH))[0]
+        statistics = (
+            4
+            * self.curve_samples
+            * self.probes
+            * sum(math.prod(grid(tuple(matrix(layer).shape), self.blocks)) for layer in layers.values())
+        )
+        inputs = 2 * self.nsamples * pixels[0].nbytes
+        widest = max(matrix(layer).shape[1] for layer in layers.values())
+        ram = 2**30 + 8 * size + 2 * statistics + inputs + 5 * 8 * widest**2 + 400 * pixels.nbytes
+        check_memory(ram)  # before any of it is taken
         for _ in range(2):  # the first one warms up
             begin = time.perf_counter()
             model(pixel_values=pixels).logits.sum().backward()
@@ -320,15 +328,6 @@ class LPViT(Trained, ClassificationRecipe):
         epochs = self.tunes * self.epochs + self.keeps_dense * TINY_SCHEDULE.epochs
         images += len(run.domain.training) * epochs
         images += len(run.domain.data.test) * (sum(measured.values()) + 3) / 3
-        statistics = (
-            4
-            * self.curve_samples
-            * self.probes
-            * sum(math.prod(grid(tuple(matrix(layer).shape), self.blocks)) for layer in layers.values())
-        )
-        inputs = 2 * self.nsamples * pixels[0].nbytes
-        widest = max(matrix(layer).shape[1] for layer in layers.values())
-        ram = 2**30 + 8 * size + 2 * statistics + inputs + 5 * 8 * widest**2 + 400 * pixels.nbytes
         return ram, 2 * size * len(variants) * self.seeds + 2**26, 1.2 * self.seeds * images * seconds / 60
 
     # ------------------------------------------------------------------------------------------------ variants

@@ -55,13 +55,13 @@ class EnergyTable:
     @classmethod
     def read(cls, path: str) -> EnergyTable:
         """From a YAML file with exactly these keys."""
-        from recipes.common.core.state import read_yaml
+        from recipes.common.core.flags import read_yaml
 
-        values, names = read_yaml(Path(path)), {field.name for field in fields(cls)}
-        for key in sorted(names ^ values.keys()):
+        values, names = read_yaml(Path(path), "--energy_table"), {field.name for field in fields(cls)}
+        for key in sorted(map(str, names ^ values.keys())):
             raise UserError(f"--energy_table {path}: {key} is {'missing' if key in names else 'unknown'}.")
         for key, value in values.items():
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise UserError(f"--energy_table {path}: {key} is {value!r}; picojoules, more than 0, are needed.")
         return cls(**values)
 
@@ -240,8 +240,9 @@ def allocate_density(layers: dict[str, Layer], weights: dict[str, float], budget
 
 
 def lamp_scores(squares: Tensor) -> Tensor:
-    """LAMP of blocks whose mean squares (n,) come in the order of removal: each over the sum of those that go no sooner."""
-    return squares / squares.flip(0).cumsum(0).flip(0)
+    """LAMP of blocks whose mean squares (n,) come in the order of removal: each over the sum of those that go no sooner; 0
+    where all of these are 0."""
+    return torch.where(squares > 0, squares / squares.flip(0).cumsum(0).flip(0), 0)
 
 
 def settle(

@@ -63,7 +63,7 @@ def target_sweep(recipe: LPViT, run: LPViTRun, targets: list[float]) -> dict:
                 def opened(name=name, seed=seed, target=point["x"]):
                     return nullcontext(recipe.prune(run, name, seed, target)[0])
 
-                point["metrics"].append(run.measure(key, opened))
+                point["metrics"].append(run.measure(key, opened, seed=seed))
     for points in series.values():
         for point in points:
             point["metrics"] = {"accuracy": over_seeds(point["metrics"])["accuracy"]}

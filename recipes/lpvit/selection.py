@@ -43,7 +43,7 @@ from zoo.errors import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """What distinguishes one way of pruning blocks from another: the flags of the same names."""
+    """What distinguishes one way of pruning blocks from another: the flags of the same names, and the order of the masks."""
 
     target_fn: str
     rank: str
@@ -51,6 +51,7 @@ class Choice:
     power_mode: str
     rounds: int
     reconstruct: str
+    mask_rank: str | None = None  # by which blocks go in the end, if not by `rank`: as many of each layer
 
 
 # -------------------------------------------------------------------------------------------------------------- blocks
@@ -233,6 +234,9 @@ def choose_blocks(
         erk = {name: sum(shapes[name]) / math.prod(shapes[name]) for name in layers}
         removed = allocate_density(layers, erk if choice.alloc == "erk" else dict.fromkeys(layers, 1.0), limit)
 
+    if choice.mask_rank:
+        final = calibrated.scores(replace(choice, rank=choice.mask_rank))
+        orders = {name: removal_order(score) for name, score in final.items()}
     keeps = {}
     for name, order in orders.items():
         keep = torch.ones(len(order), dtype=torch.bool)

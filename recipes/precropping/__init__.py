@@ -22,7 +22,6 @@ objective would trade the inside of blocks for them. Baselines have the same wei
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,15 +82,27 @@ class Precropping(Trained, ClassificationRecipe):
     )
     mode: str = field(default="both", metadata={"help": "which budgets bind", "choices": ["params", "flops", "both"]})
     budget_params: float = field(
-        default=0.4, metadata={"help": "weights of convolutions and linear layers, a fraction up to 1 or their number"}
+        default=0.4,
+        metadata={
+            "help": "weights of convolutions and linear layers, a fraction up to 1 or their number",
+            "at_most": 10**15,
+            "above": 0,
+        },
     )
     budget_flops: float = field(
-        default=0.4, metadata={"help": "multiply-accumulates per image, a fraction up to 1 or their number"}
+        default=0.4,
+        metadata={
+            "help": "multiply-accumulates per image, a fraction up to 1 or their number",
+            "at_most": 1e18,
+            "above": 0,
+        },
     )
     preconfig: bool = field(
         default=False, metadata={"help": "layers may become wider than the base: redistribute widths, budgets up to 1"}
     )
-    max_density: float = field(default=4.0, metadata={"help": "with --preconfig: largest width over base width"})
+    max_density: float = field(
+        default=4.0, metadata={"help": "with --preconfig: largest width over base width", "at_least": 1, "at_most": 100}
+    )
     trunk: str = field(
         default="tie",
         metadata={"help": "trunks of residual sums: tie crops them too, keep leaves them", "choices": ["tie", "keep"]},
@@ -99,9 +110,14 @@ class Precropping(Trained, ClassificationRecipe):
     density_map: str = field(
         default="geomean", metadata={"help": "how densities become widths (not synexp)", "choices": list(RULES)}
     )
-    width_multiple: int = field(default=1, metadata={"help": "every width is a multiple: 1 here, 8 or 16 for GPUs"})
-    min_width: int = field(default=4, metadata={"help": "smallest width of a group"})
-    min_ratio: float = field(default=0.05, metadata={"help": "smallest width of a group over its base width"})
+    width_multiple: int = field(
+        default=1,
+        metadata={"help": "every width is a multiple: 1 here, 8 or 16 for GPUs", "at_least": 1, "at_most": 1024},
+    )
+    min_width: int = field(default=4, metadata={"help": "smallest width of a group", "at_least": 1, "at_most": 2**16})
+    min_ratio: float = field(
+        default=0.05, metadata={"help": "smallest width of a group over its base width", "at_most": 1, "above": 0}
+    )
     init: str = field(
         default="fresh",
         metadata={
@@ -109,17 +125,31 @@ class Precropping(Trained, ClassificationRecipe):
             "choices": ["fresh", "crop"],
         },
     )
-    score_rounds: int = field(default=100, metadata={"help": "rounds of SynFlow"})
-    score_samples: int = field(default=10, metadata={"help": "training images of each class that SNIP and GraSP see"})
+    score_rounds: int = field(default=100, metadata={"help": "rounds of SynFlow", "at_least": 1, "at_most": 10**5})
+    score_samples: int = field(
+        default=10,
+        metadata={"help": "training images of each class that SNIP and GraSP see", "at_least": 1, "at_most": 10**6},
+    )
     sweep: list[float] = field(
         default_factory=list,
-        metadata={"help": "further budgets, as fractions, at which it is compared with a width multiplier"},
+        metadata={
+            "help": "further budgets, as fractions, at which it is compared with a width multiplier",
+            "above": 0,
+            "below": 1,
+        },
     )
-    epochs: int = field(default=4, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
+    epochs: int = field(
+        default=4, metadata={"help": "passes over the training images", "at_least": 0, "at_most": 10000}
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "images per step, over all processes together", "at_least": 1, "at_most": 2**16}
+    )
     baselines: list[str] = field(
         default_factory=lambda: [*CROPPED, "same-p-mask", "erk-mask", "synflow-mask"],
-        metadata={"help": f"baselines to run beside it, of {', '.join(CROPPED + MASKED)}; 'none' for none"},
+        metadata={
+            "help": f"baselines to run beside it, of {', '.join(CROPPED + MASKED)}; 'none' for none",
+            "empty": True,
+        },
     )
     dry_run: bool = field(default=False, metadata={"help": "print the widths and what they cost, and stop"})
 
@@ -130,14 +160,6 @@ class Precropping(Trained, ClassificationRecipe):
 
     def check(self) -> None:
         super().check()
-        self.at_least(min_width=1, width_multiple=1, score_rounds=1, score_samples=1, max_density=1)
-        if not 0 < self.min_ratio <= 1:
-            raise UserError(f"--min_ratio {self.min_ratio}: a fraction above 0 and at most 1 is needed.")
-        for name in ("budget_params", "budget_flops"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} {getattr(self, name)}: more than 0 is needed, a fraction or a number.")
-        if not all(0 < budget < 1 for budget in self.sweep):
-            raise UserError(f"--sweep {self.sweep}: fractions between 0 and 1 are needed.")
         if self.preconfig and self.source != "synexp":
             raise UserError(f"--preconfig: only --source synexp knows densities above 1, {self.source} does not.")
         if self.preconfig and self.init == "crop":
@@ -346,7 +368,7 @@ class Precropping(Trained, ClassificationRecipe):
             series: dict[str, list] = {}
             for variant in self.sweep_variants():
                 name, _, fraction = variant.partition("@")
-                metrics = [run.measure(f"{variant}-{s}", partial(self.open, run, variant, s)) for s in run.seeds]
+                metrics = self.measure(run, variant)
                 series.setdefault(name, []).append({"x": float(fraction), "metrics": over_seeds(metrics)})
             findings["sweeps"] = {
                 "Quality by budget": {"x": "fraction of weights and MACs", "log": True, "series": series}

@@ -62,7 +62,7 @@ def accuracy(recipe: RandomPruning, run: TrainedRun, what: str | Point) -> dict[
     point = isinstance(what, Point)
     key, make = (what.key, partial(train_point, recipe, run, what)) if point else (what, partial(run.trained, what))
     found = [
-        run.measure(f"accuracy-{key}-{seed}", lambda seed=seed: nullcontext(make(seed)), which=["accuracy"])
+        run.measure(f"accuracy-{key}-{seed}", lambda seed=seed: nullcontext(make(seed)), seed=seed, which=["accuracy"])
         for seed in run.seeds
     ]
     return {"accuracy": over_seeds(found)["accuracy"]}

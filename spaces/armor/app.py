@@ -17,11 +17,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo.spaces import (
     MAX_NEW_TOKENS,
     MAX_PROMPT,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     Decoder,
     answer_columns,
+    check_length,
+    check_new_tokens,
+    check_temperature,
+    check_text,
+    check_whole,
     encode_chat,
     find_checkpoint,
     find_dense,
+    page,
+    sentences,
+    serve,
     show_plots,
 )
 
@@ -38,14 +49,12 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
     }
 
     def answer(prompt: str, new_tokens: int, temperature: float, seed: int) -> Iterator[tuple[str, str, str, str]]:
-        prompt = prompt.strip()
-        if not prompt:
-            raise gr.Error("The prompt is empty: write a question first.")
-        if len(prompt) > MAX_PROMPT:
-            raise gr.Error(f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT} are allowed.")
-        new_tokens = max(1, min(int(new_tokens), MAX_NEW_TOKENS))
-        ids = encode_chat(tokenizer, prompt)
-        pair = [Decoder(model, tokenizer, ids, temperature, int(seed)) for model in models.values()]
+        with sentences():
+            new_tokens, temperature = check_new_tokens(new_tokens), check_temperature(temperature)
+            seed = check_whole(seed, "Seed", 0, MAX_SEED)
+            ids = encode_chat(tokenizer, check_text(prompt))
+            check_length(ids, new_tokens, models["armor"])
+        pair = [Decoder(model, tokenizer, ids, temperature, seed) for model in models.values()]
         for _ in range(new_tokens):
             for decoder in pair:  # one token each in turn: both clocks see the same load
                 decoder.step()
@@ -55,7 +64,7 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
 
     name = report["base_model"]["id"]
     size = report["size"]
-    with gr.Blocks(title="ARMOR 2:4, side by side", analytics_enabled=False) as app:
+    with page("ARMOR 2:4, side by side") as app:
         gr.Markdown(
             f"# ARMOR 2:4 beside dense\n`{name}`: {size['dense_bytes'] / 1e6:.0f} MB dense, "
             f"**{size['compressed_bytes'] / 1e6:.0f} MB** with A·S·B. Both models answer in turn, token by token."
@@ -67,8 +76,8 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
             go = gr.Button("Generate", variant="primary", scale=1, elem_id="generate")
         with gr.Accordion("Options", open=False), gr.Row():
             new_tokens = gr.Slider(1, MAX_NEW_TOKENS, value=64, step=1, label="New tokens")
-            temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0 = greedy)")
-            seed = gr.Number(0, precision=0, label="Seed")
+            temperature = gr.Slider(0, MAX_TEMPERATURE, value=0, step=MIN_TEMPERATURE, label="Temperature (0 = greedy)")
+            seed = gr.Number(0, label="Seed", elem_id="seed")
         with gr.Row():
             columns = answer_columns({"dense": "Dense", "armor": "ARMOR"})
         gr.on(
@@ -76,11 +85,11 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
             answer,
             [prompt, new_tokens, temperature, seed],
             columns,
-            concurrency_limit=1,
+            preprocess=False,  # checked by us, with a sentence
         )
         with gr.Row():
             show_plots(checkpoint)
-    return app.queue(max_size=16, default_concurrency_limit=1)
+    return app
 
 
 def main() -> None:
@@ -92,7 +101,7 @@ def main() -> None:
     flags = parser.parse_args()
     checkpoint = find_checkpoint(flags.checkpoint, LOCAL, HUB_ID)
     report = json.loads((checkpoint / "report.json").read_text())
-    build(checkpoint, find_dense(flags.dense, report)).launch(allowed_paths=[str(checkpoint / "plots")])
+    serve(build(checkpoint, find_dense(flags.dense, report)), checkpoint)
 
 
 if __name__ == "__main__":

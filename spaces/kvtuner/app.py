@@ -17,7 +17,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from zoo.cache import KVTunerCache
 from zoo.record.schema import read_report
-from zoo.spaces import MAX_NEW_TOKENS, Decoder, answer_columns, cache_bytes, find_checkpoint, show_plots
+from zoo.spaces import (
+    MAX_NEW_TOKENS,
+    Decoder,
+    answer_columns,
+    cache_bytes,
+    check_length,
+    check_new_tokens,
+    check_text,
+    find_checkpoint,
+    page,
+    sentences,
+    serve,
+    show_plots,
+)
 
 LOCAL = Path("runs/kvtuner")
 HUB_ID = "slimzoo/smollm2-135m-instruct-kvtuner"
@@ -60,24 +73,14 @@ def build(checkpoint: Path) -> gr.Blocks:
         checkpoint, dtype=torch.bfloat16
     )  # both columns: only the cache differs
     footprint, table = report["footprint"], model.config.kv_cache_quantization
-    limit = model.config.max_position_embeddings
 
     def answer(document: str, question: str, new_tokens: int) -> Iterator[tuple]:
-        document, question = document.strip(), question.strip()
-        new_tokens = max(1, min(int(new_tokens), MAX_NEW_TOKENS))
-        if not question:
-            raise gr.Error("The question is empty: write one, or the beginning of a sentence to complete.")
-        if len(document) > MAX_DOCUMENT or len(question) > MAX_QUESTION:
-            raise gr.Error(
-                f"The document may have {MAX_DOCUMENT} characters and the question {MAX_QUESTION}; they have"
-                f" {len(document)} and {len(question)}."
-            )
-        ids = tokenizer(f"{document}\n\n{question}".strip(), return_tensors="pt", verbose=False).input_ids
-        if ids.shape[1] + new_tokens > limit:
-            raise gr.Error(
-                f"Document, question and answer take {ids.shape[1] + new_tokens} tokens; the model reads {limit}: shorten"
-                " the document or ask for fewer tokens."
-            )
+        with sentences():
+            new_tokens = check_new_tokens(new_tokens)
+            text = check_text(document, "The document", MAX_DOCUMENT)
+            text += "\n\n" + check_text(question, "The question", MAX_QUESTION)
+            ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+            check_length(ids, new_tokens, model)
         decoders = {
             "16-bit cache": Decoder(model, tokenizer, ids, cache=DynamicCache(config=model.config)),
             "KVTuner": Decoder(model, tokenizer, ids, cache=KVTunerCache.from_config(model.config)),
@@ -94,7 +97,7 @@ def build(checkpoint: Path) -> gr.Blocks:
             if done:
                 return
 
-    with gr.Blocks(title="KVTuner: a cache of few bits", analytics_enabled=False) as app:
+    with page("KVTuner: a cache of few bits") as app:
         gr.Markdown(
             f"# KVTuner beside a 16-bit cache\n`{report['base_model']['id']}`, the same weights twice: "
             f"**{footprint['models']['kvtuner']:,}** bytes of keys and values a token instead of {footprint['dense']:,} "
@@ -110,10 +113,11 @@ def build(checkpoint: Path) -> gr.Blocks:
         with gr.Row():
             columns = answer_columns({"dense": "16-bit cache", "tuned": "KVTuner"}, lines=6)
         columns.append(gr.Plot(show_label=False, elem_id="growth"))
-        gr.on([go.click, question.submit], answer, [document, question, new_tokens], columns, concurrency_limit=1)
+        inputs = [document, question, new_tokens]
+        gr.on([go.click, question.submit], answer, inputs, columns, preprocess=False)  # checked by us, with a sentence
         with gr.Row():
             show_plots(checkpoint)
-    return app.queue(max_size=16, default_concurrency_limit=1)
+    return app
 
 
 def main() -> None:
@@ -121,7 +125,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a checkpoint with a KVTuner table: a folder or a Hub id")
     flags = parser.parse_args()
     checkpoint = find_checkpoint(flags.checkpoint, LOCAL, HUB_ID)
-    build(checkpoint).launch(allowed_paths=[str(checkpoint / "plots")])
+    serve(build(checkpoint), checkpoint)
 
 
 if __name__ == "__main__":

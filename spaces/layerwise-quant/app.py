@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from recipes.common.parts.quantizers import rtn
 from recipes.layerwise_quant.plans import order_blocks, parse_levels, pinned, plan_bits
-from recipes.layerwise_quant.quantizers import rtn
 from zoo.folder import open_folder
 from zoo.kernels.packed_linear.reference import pack_codes
 from zoo.layers.packing import pack_layers, row_bytes
@@ -30,9 +30,16 @@ from zoo.spaces import (
     MAX_PROMPT,
     Decoder,
     answer_columns,
+    check_length,
+    check_new_tokens,
+    check_number,
+    check_text,
     encode_chat,
     find_checkpoint,
     find_dense,
+    page,
+    sentences,
+    serve,
     show_plots,
 )
 
@@ -188,28 +195,29 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
 
     def snapped(average: float) -> float:
         """The checkpoint's own average is a place of its own on the slider."""
-        average = min(max(float(average), LOW), HIGH)
+        with sentences():
+            average = check_number(average, "Average bits", LOW, HIGH)
         return mixtures.own_average if abs(average - mixtures.own_average) < 0.025 else round(average, 2)
 
     def show(average: float) -> tuple[str, Figure]:
-        return describe(mixtures, snapped(average)), draw(mixtures, snapped(average))
+        average = snapped(average)
+        return describe(mixtures, average), draw(mixtures, average)
 
     def answer(average: float, prompt: str, new_tokens: int) -> Iterator[tuple[str, str, str, str]]:
-        prompt = prompt.strip()
-        if not prompt:
-            raise gr.Error("The prompt is empty: write a question first.")
-        if len(prompt) > MAX_PROMPT:
-            raise gr.Error(f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT} are allowed.")
-        ids = encode_chat(tokenizer, prompt)
-        pair = [Decoder(model, tokenizer, ids) for model in (mixtures.dense, mixtures.model(snapped(average)))]
-        for _ in range(max(1, min(int(new_tokens), MAX_NEW_TOKENS))):
+        average = snapped(average)
+        with sentences():
+            new_tokens = check_new_tokens(new_tokens)
+            ids = encode_chat(tokenizer, check_text(prompt))
+            check_length(ids, new_tokens, mixtures.own)
+        pair = [Decoder(model, tokenizer, ids) for model in (mixtures.dense, mixtures.model(average))]
+        for _ in range(new_tokens):
             for decoder in pair:  # one token each in turn: both clocks see the same load
                 decoder.step()
             yield pair[0].text, pair[0].figures(), pair[1].text, pair[1].figures()
             if all(decoder.done for decoder in pair):
                 return
 
-    with gr.Blocks(title="Average bits by slider", analytics_enabled=False) as app:
+    with page("Average bits by slider") as app:
         gr.Markdown(
             f"# Average bits by slider\n`{mixtures.report['base_model']['id']}`: blocks that matter less get fewer bits."
         )
@@ -225,11 +233,11 @@ def build(checkpoint: Path, dense: str) -> gr.Blocks:
             go = gr.Button("Generate", variant="primary", scale=1, elem_id="generate")
         with gr.Row():
             columns = answer_columns({"dense": "Dense", "packed": "At these bits"})
-        slider.change(show, slider, [facts, plot], trigger_mode="always_last", concurrency_limit=1)
-        gr.on([go.click, prompt.submit], answer, [slider, prompt, new_tokens], columns, concurrency_limit=1)
+        slider.change(show, slider, [facts, plot], trigger_mode="always_last", preprocess=False)  # checked by us
+        gr.on([go.click, prompt.submit], answer, [slider, prompt, new_tokens], columns, preprocess=False)
         with gr.Row():
             show_plots(checkpoint)
-    return app.queue(max_size=16, default_concurrency_limit=1)
+    return app
 
 
 def main() -> None:
@@ -239,7 +247,7 @@ def main() -> None:
     flags = parser.parse_args()
     checkpoint = find_checkpoint(flags.checkpoint, LOCAL, HUB_ID)
     report = read_report(checkpoint / "report.json")
-    build(checkpoint, find_dense(flags.dense, report)).launch(allowed_paths=[str(checkpoint / "plots")])
+    serve(build(checkpoint, find_dense(flags.dense, report)), checkpoint)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.kernels.block_sparse_linear.reference import block_rows
 from zoo.layers.block_sparse import BlockSparseLinear
-from zoo.record.format import format_bytes, format_metric, metric_title
-from zoo.spaces import classify, find_checkpoint, find_dense, show_plots, upload_row
+from zoo.record.format import FIDELITY, format_bytes, format_metric, metric_title
+from zoo.spaces import classify, find_checkpoint, find_dense, page, serve, show_plots, upload_row
 
 LOCAL = Path("runs/lpvit")
 HUB_ID = "slimzoo/vit-tiny-easy-vqa-lpvit"
@@ -73,7 +73,7 @@ def describe(report: dict) -> str:
         f" ({report['data']['evaluation']['test']['name']}):",
         "",
     ]
-    for key in list(report["compressed"])[:3]:
+    for key in [key for key in report["compressed"] if key not in FIDELITY][:3]:
         own, dense = report["compressed"][key], report["dense"][key]
         lines.append(f"- {metric_title(key)}: **{format_metric(own)}**, dense {format_metric(dense)}")
     for what, dense, own in report.get("tables", {}).get(COST, {"rows": []})["rows"]:
@@ -91,7 +91,7 @@ def build(checkpoint: Path, dense_name: str | None) -> gr.Blocks:
         pixels = processor(image, return_tensors="pt").pixel_values
         return [part for model in models.values() for part in classify(model, pixels)]
 
-    with gr.Blocks(title="Block-sparse vision transformer", analytics_enabled=False) as app:
+    with page("Block-sparse vision transformer") as app:
         gr.Markdown(
             "# Block-sparse vision transformer\nWhole blocks of its weights are gone; the blocks that remain were refitted."
         )
@@ -102,7 +102,7 @@ def build(checkpoint: Path, dense_name: str | None) -> gr.Blocks:
         labels = [str(pruned.config.id2label[i]) for i in sorted(pruned.config.id2label, key=int)]
         known = ", ".join(labels[:30]) + (" and more" if len(labels) > 30 else "")
         gr.Markdown(f"Both models know {len(labels)} classes: {known}. Of anything else they guess.")
-    return app.queue(max_size=16, default_concurrency_limit=1)
+    return app
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     )
     flags = parser.parse_args()
     checkpoint = find_checkpoint(flags.checkpoint, LOCAL, HUB_ID)
-    build(checkpoint, flags.dense).launch(allowed_paths=[str(checkpoint / "plots")], max_file_size="5mb")
+    serve(build(checkpoint, flags.dense), checkpoint)
 
 
 if __name__ == "__main__":

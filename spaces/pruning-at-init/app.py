@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 import zoo  # noqa: F401 (registers the model classes)
 from zoo.errors import UserError
-from zoo.record.format import format_bytes, format_metric, metric_title
-from zoo.spaces import classify, find_checkpoint, show_plots, upload_row
+from zoo.record.format import FIDELITY, format_bytes, format_metric, metric_title
+from zoo.spaces import classify, find_checkpoint, page, serve, show_plots, upload_row
 
 CHECKPOINTS = {  # where a recipe leaves its checkpoint, and its Hub repository
     "random-pruning": (Path("runs/random-pruning"), "slimzoo/resnet-14-8-cifar10-random-pruning"),
@@ -98,7 +98,7 @@ def describe(pair: Pair) -> str:
         f"**{format_bytes(size['compressed_bytes'])}** of {format_bytes(size['dense_bytes'])} dense, measured with"
         f" {len(report['seeds'])} seeds on held-out images ({report['data']['evaluation']['test']['name']}):",
     ]
-    for key in list(report["compressed"])[:3]:
+    for key in [key for key in report["compressed"] if key not in FIDELITY][:3]:
         own, dense = report["compressed"][key], report["dense"][key]
         lines.append(f"- {metric_title(key)}: **{format_metric(own)}**, dense {format_metric(dense)}")
     return "\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:])
@@ -117,7 +117,7 @@ def build(pairs: list[Pair]) -> gr.Blocks:
     for pair in pairs:
         for name in pair.models():
             titles[f"{pair.recipe}-{name}"] = f"{name} ({pair.recipe}'s)" if name == "dense" else name
-    with gr.Blocks(title="Pruning at initialisation", analytics_enabled=False) as app:
+    with page("Pruning at initialisation") as app:
         gr.Markdown("# Pruning at initialisation\nNetworks that were made small before they were trained.")
         upload_row(titles, answer)
         for pair in pairs:
@@ -128,7 +128,7 @@ def build(pairs: list[Pair]) -> gr.Blocks:
         labels = pairs[0].model.config.id2label
         examples = [str(labels[i]) for i in sorted(labels, key=int)]
         gr.Markdown(f"The networks know {len(examples)} classes: {', '.join(examples)}; of anything else they guess.")
-    return app.queue(max_size=16, default_concurrency_limit=1)
+    return app
 
 
 def main() -> None:
@@ -140,8 +140,7 @@ def main() -> None:
     folders = [find_checkpoint(name, *places) for name, places in zip(named, CHECKPOINTS.values(), strict=False)]
     dense = flags.dense or [None] * len(folders)
     pairs = [load_pair(folder, name) for folder, name in zip(folders, dense, strict=True)]
-    plots = [str(pair.folder / "plots") for pair in pairs]
-    build(pairs).launch(allowed_paths=plots, max_file_size="5mb")
+    serve(build(pairs), *folders)
 
 
 if __name__ == "__main__":

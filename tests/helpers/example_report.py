@@ -1,6 +1,7 @@
 """A made-up report with every part that the schema knows, and a made-up run; no number in it was measured."""
 
 import copy
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,8 +40,12 @@ def layer(depth, kind, init, final):
     return {"name": f"model.layers.{depth}.mlp.{kind}", **shape, **losses}
 
 
+def pair(difference, error, n=7):
+    return {"difference": difference, "error": error, "n": n}
+
+
 EXAMPLE = {
-    "schema_version": 2,
+    "schema_version": 3,
     "recipe": "armor",
     "config": {
         "model": "made-up",
@@ -91,6 +96,11 @@ EXAMPLE = {
             "perplexity/B": over_two_seeds(14.18, 14.19),
             "acc/riddles": over_two_seeds(0.518, 0.519, "fraction", True),
         },
+    },
+    "paired": {
+        "dense": {"perplexity/A": pair(0.1009, 0.0117), "perplexity/B": pair(0.1291, 0.0133)},
+        "wanda": {"perplexity/A": pair(-0.4851, 0.0219), "perplexity/B": pair(-0.0007, 0.0071)},
+        "sparsegpt": {"perplexity/A": pair(0.0401, 0.0173), "perplexity/B": pair(0.0701, 0.0123)},
     },
     "size": {
         "dense_bytes": 197_530,
@@ -174,13 +184,15 @@ def write_run(folder: Path, base_id: str = "made-up/Base-Model", kind: str = "ar
         plain = [{"format": "bitmask", **{key: row[key] for key in ("d_out", "d_in", "pattern")}} for row in rows]
         wrappers = sum(row_bytes(row, 2) for row in rows) - sum(row_bytes(row, 2) for row in plain)
         size["baselines"] = {"wanda": size["compressed_bytes"] - wrappers}
+    measured = {"dense": [with_raw(EXAMPLE["dense"])], "armor": runs_of(EXAMPLE["compressed"])}
+    measured |= {name: runs_of(metrics) for name, metrics in EXAMPLE["baselines"].items()}
     report = reports.build(
-        recipe=SimpleNamespace(name="armor", settings=lambda: config, device="cpu"),
+        recipe=SimpleNamespace(name="armor", method="armor", settings=lambda: config, device="cpu"),
         base_model=base.row(),
         data=language.data_rows(EXAMPLE["dense"]),
-        dense=EXAMPLE["dense"],
-        compressed=runs_of(EXAMPLE["compressed"]),
-        baselines={name: runs_of(metrics) for name, metrics in EXAMPLE["baselines"].items()},
+        dense=measured["dense"],
+        compressed=measured["armor"],
+        baselines={name: measured[name] for name in EXAMPLE["baselines"]},
         size=size,
         speed=EXAMPLE["speed"],
         layers=rows,
@@ -188,17 +200,26 @@ def write_run(folder: Path, base_id: str = "made-up/Base-Model", kind: str = "ar
         seeds=EXAMPLE["seeds"],
         notes=base.notes,
     )
-    reports.write(report, folder)
+    reports.write(report, folder, reports.raw_values(measured))
     return folder
 
 
 def runs_of(metrics: dict) -> list[dict]:
     """What was measured for each seed, from metrics over seeds."""
     single = {"spread": None, "n": 7, "n_of": "windows"}
-    return [
-        {
-            key: {k: v for k, v in m.items() if k != "values"} | single | {"value": m["values"][i]}
-            for key, m in metrics.items()
-        }
-        for i in range(2)
-    ]
+    runs = [{key: m | single | {"value": m["values"][i]} for key, m in metrics.items()} for i in range(2)]
+    return [with_raw({key: {k: v for k, v in m.items() if k != "values"} for key, m in run.items()}) for run in runs]
+
+
+def with_raw(metrics: dict) -> dict:
+    """Perplexities with log-likelihoods of windows that give them: large steps that all models share, and small ones."""
+
+    def steps(value: float) -> list[float]:
+        small = [0.01 * ((value * 100 + 3 * i) % 7 - 3) for i in range(7)]
+        all_steps = [s + 0.2 * (i - 3) for i, s in enumerate(small)]
+        return [math.log(value) + s - sum(all_steps) / 7 for s in all_steps]
+
+    return {
+        key: m | {"raw": [[round(x, 12) for x in steps(m["value"])]]} if m["unit"] == "ppl" else m
+        for key, m in metrics.items()
+    }

@@ -1,6 +1,7 @@
 """A small Hub on loopback for tests: repositories, commits, tags, LFS and Xet uploads, resolve.
 
-It speaks what huggingface_hub's real client asks for when it creates, uploads, tags and downloads a model repository.
+It speaks what huggingface_hub's real client asks for when it creates, uploads, tags and downloads a repository: a model's
+under its name, a Space's under "spaces/" and its name.
 Content is addressed by sha256. Files above 1 KiB or of a weights type go through LFS, or through Xet when a local folder
 stands in for the content store: then the client writes its chunks there itself, and the double only learns hashes.
 """
@@ -73,6 +74,13 @@ class Hub:
                     at += 48
         return None
 
+    def download(self, name: str, folder: Path) -> Path:
+        """Writes the files of a repository's head to `folder`, and returns it."""
+        for path, (kind, key, _) in self.repositories[name].head[1].items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(key if kind == "regular" else self.blobs[key])
+        return folder
+
     def is_stored(self, sha256: str) -> bool:
         return sha256 in self.blobs if self.xet is None else self.xet_hash(sha256) is not None
 
@@ -140,9 +148,13 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, _, match, content) -> None:
         wanted = json.loads(content)
         name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") != "gradio":
+                return self.refuse(400, "BadRequest")
+            name = f"spaces/{name}"
         exists = name in self.hub.repositories
         self.hub.repositories.setdefault(name, Repository())
-        self.reply(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "id": name})
+        return self.reply(409 if exists else 200, {"url": f"{self.hub.url}/{name}", "id": name})
 
     def validate_yaml(self, _, match, content) -> None:
         self.reply(200, {"warnings": [], "errors": []})
@@ -251,6 +263,8 @@ class Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 data = base64.b64decode(value["content"])
                 files[value["path"]] = ("regular", data, len(data))
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
             elif entry["key"] == "lfsFile":
                 if not self.hub.is_stored(value["oid"]):
                     return self.refuse(400, "UnknownBlob")
@@ -283,23 +297,24 @@ def git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-MODEL = r"/api/models/(?P<repo>[^/]+/[^/]+)"
+NAME = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)"
+API = rf"/api/(?:models/)?{NAME}"
 ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
-    ("POST", MODEL + r"/preupload/(?P<revision>[^/]+)", Handler.preupload),
-    ("GET", MODEL + r"/xet-(?:read|write)-token/(?P<revision>[^/]+)", Handler.xet_token),
-    ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", API + r"/preupload/(?P<revision>[^/]+)", Handler.preupload),
+    ("GET", API + r"/xet-(?:read|write)-token/(?P<revision>[^/]+)", Handler.xet_token),
+    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/store/(?P<sha256>\w+)", Handler.store),
     ("POST", r"/verify/(?P<sha256>\w+)", Handler.verify),
-    ("POST", MODEL + r"/commit/(?P<revision>[^/]+)", Handler.commit),
-    ("POST", MODEL + r"/tag/(?P<revision>[^/]+)", Handler.tag),
-    ("GET", MODEL + r"/refs", Handler.refs),
-    ("GET", MODEL + r"/tree/(?P<revision>[^/]+)/?(?P<path>.*)", Handler.tree),
-    ("POST", MODEL + r"/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
-    ("GET", MODEL + r"(?:/revision/(?P<revision>[^/]+))?", Handler.info),
-    ("GET HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    ("POST", API + r"/commit/(?P<revision>[^/]+)", Handler.commit),
+    ("POST", API + r"/tag/(?P<revision>[^/]+)", Handler.tag),
+    ("GET", API + r"/refs", Handler.refs),
+    ("GET", API + r"/tree/(?P<revision>[^/]+)/?(?P<path>.*)", Handler.tree),
+    ("POST", API + r"/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
+    ("GET", API + r"(?:/revision/(?P<revision>[^/]+))?", Handler.info),
+    ("GET HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 
 

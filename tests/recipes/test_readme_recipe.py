@@ -46,9 +46,8 @@ print(type(layer).__name__, layer.values.numel())
 def tree(tmp_path_factory):
     """A copy of what the project needs to run, and in it the recipe and the card that the README shows."""
     folder = tmp_path_factory.mktemp("tree")
-    listed = subprocess.run(
-        ["git", "ls-files", "zoo", "recipes", "model_cards/*.*"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "zoo", "recipes", "model_cards/*.*"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.split():
         if (ROOT / name).is_file() and not name.endswith(("report.json", ".png")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,25 +73,48 @@ def tree(tmp_path_factory):
     return folder
 
 
-def run(tree, *arguments, path=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    environment |= {"PYTHONPATH": str(tree)} if path else {}
-    return subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True)
+SESSION = """
+import json, sys
+from launching import RECIPES, run
+for command in json.loads(sys.argv[1]):
+    done = run([*RECIPES, *command])
+    print(json.dumps([done.returncode, done.stdout, done.stderr]))
+"""
 
 
-def test_the_recipe_of_the_readme_trains_packs_reports_and_loads(tree):
-    made = run(tree, "-m", "recipes", "magnitude", "--dataset", "images", "--density", "0.3", *FLAGS)
-    assert made.returncode == 0, made.stderr
+def session(tree, *commands):
+    """[exit code, output, errors] of each `python -m recipes` command, given one after the other in the tree."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(ROOT / "tests" / "helpers")])
+    arguments = [sys.executable, "-c", SESSION, json.dumps(commands)]
+    done = subprocess.run(arguments, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_recipe_of_the_readme_refuses_trains_packs_reports_and_loads(tree):
+    command = ["magnitude", "--dataset", "images", *FLAGS]
+    refused, listed, made, verified = session(
+        tree,
+        [*command, "--density", "2", "--output", "wrong"],
+        ["--list"],
+        [*command, "--density", "0.3"],
+        ["verify", "runs/magnitude"],
+    )
+    assert refused[0] == 2 and "--density 2.0: a fraction between 0 and 1" in refused[2]
+    assert not list(tree.glob("wrong*")) and "magnitude" in listed[1].split()
+    assert made[0] == 0, made[2]
     output = tree / "runs" / "magnitude"
-    assert made.stdout.splitlines()[-1] == "runs/magnitude" and (tree / "runs" / "magnitude-dense").is_dir()
+    assert made[1].splitlines()[-1] == "runs/magnitude" and (tree / "runs" / "magnitude-dense").is_dir()
     report = json.loads((output / "report.json").read_text())
     kept = sum(row["nnz"] for row in report["layers"]) / sum(row["d_out"] * row["d_in"] for row in report["layers"])
     assert abs(kept - 0.3) < 0.005 and report["compressed"]["accuracy"]["n_of"] == "seeds"
     assert report["size"]["compressed_bytes"] < 0.6 * report["size"]["dense_bytes"]
     assert "The smallest weights of a trained network are gone" in (output / "README.md").read_text()
-    verified = run(tree, "-m", "recipes", "verify", "runs/magnitude")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-    loaded = run(tree, "-I", "-c", LOAD, str(output), path=False)  # -I: nothing of this tree can be imported
+    assert verified[0] == 0, verified
+    loaded = subprocess.run(  # -I: nothing of this tree can be imported
+        [sys.executable, "-I", "-c", LOAD, output], capture_output=True, text=True, cwd=tree
+    )
     assert loaded.returncode == 0 and loaded.stdout.startswith("BitmaskLinear"), loaded.stderr
 
 
@@ -100,34 +122,14 @@ def test_the_language_recipe_of_the_readme_compresses_reports_and_loads(tree):
     make_base(tree / "base", "llama")
     (tree / "text.txt").write_text("some plain words to calibrate on " * 60)
     flags = ["--model", "base", "--calibration", "text.txt", "--nsamples", "4", "--seqlen", "32", "--tasks", "none"]
-    made = run(
-        tree, "-m", "recipes", "halves", *flags, "--eval_windows", "1", "--eval_seqlen", "64", "--dtype", "float32"
-    )
-    assert made.returncode == 0, made.stderr
-    output = tree / "runs" / "halves"
-    packed, dense = load_file(output / "model.safetensors"), load_file(tree / "base" / "model.safetensors")
+    flags += ["--eval_windows", "1", "--eval_seqlen", "64", "--dtype", "float32"]
+    steps = session(tree, ["halves", *flags], ["verify", "runs/halves"], ["export", "runs/halves", "dense"])
+    for code, out, errors in steps:
+        assert code == 0, out + errors
+    packed = load_file(tree / "runs" / "halves" / "model.safetensors")
+    dense, kept = (load_file(tree / folder / "model.safetensors") for folder in ("base", "dense"))
     name = "model.layers.1.mlp.down_proj"
-    offsets, weight = packed[f"{name}.row_offsets"], dense[f"{name}.weight"]
+    offsets, weight, kept = packed[f"{name}.row_offsets"], dense[f"{name}.weight"], kept[f"{name}.weight"]
     assert offsets.diff().tolist() == [weight.shape[1] // 2] * len(weight)
     assert set(packed[f"{name}.values"][: offsets[1]].tolist()) <= set(weight[0].tolist())
-    verified = run(tree, "-m", "recipes", "verify", "runs/halves")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-    exported = run(tree, "-m", "recipes", "export", "runs/halves", "dense")
-    assert exported.returncode == 0, exported.stderr
-    kept = load_file(tree / "dense" / "model.safetensors")[f"{name}.weight"]
     assert (kept != 0).sum() == offsets[-1] and torch.equal(kept[kept != 0], weight.bfloat16()[kept != 0])
-
-
-def test_its_wrong_flags_are_refused_before_any_work(tree):
-    refused = run(
-        tree, "-m", "recipes", "magnitude", "--dataset", "images", "--density", "2", "--output", "wrong", *FLAGS
-    )
-    assert refused.returncode == 2 and "--density 2.0: a fraction between 0 and 1" in refused.stderr
-    assert not list(tree.glob("wrong*"))
-    card = tree / "model_cards" / "magnitude.md"
-    card.rename(card.with_suffix(".aside"))
-    refused = run(tree, "-m", "recipes", "magnitude", "--dataset", "images", "--output", "wrong", *FLAGS)
-    card.with_suffix(".aside").rename(card)
-    assert refused.returncode == 2 and "the card needs a file that says what magnitude does" in refused.stderr
-    assert not list(tree.glob("wrong*"))
-    assert "magnitude" in run(tree, "-m", "recipes", "--list").stdout.split()

@@ -1,10 +1,10 @@
 """A Space served on loopback, and a browser to look at it."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import MISSING, find
 from PIL import Image
 from playwright.sync_api import sync_playwright
+
+from zoo.record.hub import assemble_space
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = ("red", "green", "blue")  # and classes of the painted images
@@ -23,14 +26,19 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 @contextmanager
 def served(name: str, folder: Path, *arguments: str | Path) -> Iterator[str]:
-    """The URL of spaces/<name>, started offline on the checkpoint `folder`; `arguments` follow it."""
+    """The URL of spaces/<name> as it is published, started offline on the checkpoint `folder`; `arguments` follow it.
+
+    Without `site` our editable install is not seen: the Space has only what it brings.
+    """
+    space = assemble_space(ROOT / "spaces" / name, folder.parent / "space")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | OFFLINE | {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
-    command = [sys.executable, f"spaces/{name}/app.py", "--checkpoint", *map(str, (folder, *arguments))]
+    environment |= {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    command = [sys.executable, "-S", "app.py", "--checkpoint", *map(str, (folder, *arguments))]
     log = (folder.parent / "log").open("w")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    process = subprocess.Popen(command, cwd=space, env=environment, stdout=log, stderr=log)
     try:
         for _ in range(240):
             assert process.poll() is None, (folder.parent / "log").read_text()
@@ -73,8 +81,7 @@ def paint(folder: Path, count: int) -> None:
 
 @pytest.fixture(scope="session")
 def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "the test needs a Chromium browser: install Debian's package chromium"
+    chromium = find() or pytest.skip(MISSING)
     arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)

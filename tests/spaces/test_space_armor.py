@@ -34,3 +34,10 @@ def test_an_empty_prompt_is_answered_with_a_sentence(page):
 
 def test_the_prompt_cannot_be_longer_than_its_bound(page):
     assert page.locator("#prompt textarea").get_attribute("maxlength") == "2000"
+
+
+def test_an_emptied_seed_is_answered_with_a_sentence(page):
+    page.get_by_role("button", name="Options").click()
+    page.locator("#seed input").fill("")
+    page.locator("#generate").click()
+    expect(page.get_by_text("Seed: a whole number from 0 to 4294967295 is needed.")).to_be_visible(timeout=20000)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoo.kernels import build
+from zoo.kernels import libraries
 
 
 @pytest.fixture
@@ -11,8 +11,8 @@ def simd(monkeypatch):
 
     def choose(name):
         monkeypatch.setenv("SLIMZOO_SIMD", name)
-        build.level.cache_clear()
+        libraries.level.cache_clear()
 
     yield choose
     monkeypatch.undo()
-    build.level.cache_clear()
+    libraries.level.cache_clear()

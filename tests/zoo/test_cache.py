@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -277,6 +279,153 @@ def test_a_saved_conversation_goes_on(model, attention, mode, tmp_path):
     for other in (table(((4, 4), (4, 16)), mode), table(((16, 16), (4, 16)), mode), table(((8, 4), (16, 16)), mode)):
         with pytest.raises(UserError, match="was saved with another table"):
             KVTunerCache.load(tmp_path / "state.safetensors", model.config, other)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """(tensors, metadata) of a saved cache that has every kind of tensor: two rows, 45 tokens, 32 of them packed."""
+    cache = KVTunerCache.from_config(model.config, KINDS)
+    cache.form.padding = torch.ones(2, 45, dtype=torch.bool)
+    run(model, cache, IDS, chunks=(45,))
+    path = tmp_path_factory.mktemp("saved") / "state.safetensors"
+    cache.save(path)
+    with safe_open(path, "pt") as file:
+        return load_file(path), file.metadata()
+
+
+KINDS = table(((8, 4), (4, 16)), "kivi")
+
+
+def damage(name, change):
+    """A change of one tensor of a saved cache."""
+    return lambda tensors, facts: tensors.update({name: change(tensors[name])})
+
+
+def poison(name, value):
+    def change(tensors, facts):
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[3] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, facts: facts.clear(), "does not say that it is a saved cache"),
+        (lambda tensors, facts: facts.update(format="pt"), "does not say that it is a saved cache"),
+        (lambda tensors, facts: facts.update(version="2"), "does not say that it is a saved cache"),
+        (lambda tensors, facts: facts.update(tokens="-45"), "does not say that it is a saved cache"),
+        (lambda tensors, facts: facts.update(tokens="9" * 5000), "does not say that it is a saved cache"),
+        (lambda tensors, facts: facts.update(layers="3"), "it holds 3 layers, the model has 2"),
+        (lambda tensors, facts: facts.update(tokens="44"), r"0.keys.dense is float32 \(2, 2, 13, 16\)"),
+        (lambda tensors, facts: facts.update(tokens="0"), "has a tensor 0.keys.codes"),
+        (lambda tensors, facts: facts.update(tokens=str(10**18 - 1)), "0.keys.dense is float32"),
+        (lambda tensors, facts: tensors.clear(), "lacks 0.keys.codes"),
+        (lambda tensors, facts: tensors.pop("1.keys.minimum"), "lacks 1.keys.minimum"),
+        (lambda tensors, facts: tensors.update({"01.keys.scale": tensors.pop("1.keys.scale")}), "tensor 01.keys.scale"),
+        (
+            lambda tensors, facts: tensors.update({"2.keys.dense": tensors["1.keys.dense"].clone()}),
+            "a tensor 2.keys.dense",
+        ),
+        (
+            lambda tensors, facts: tensors.update({"1.values.codes": tensors["0.values.codes"].clone()}),
+            "1.values.codes",
+        ),
+        (damage("1.keys.codes", lambda x: x[:, :1].contiguous()), r"uint8 \(2, 1, .*uint8 \(2, 2, "),
+        (damage("1.values.dense", lambda x: x[:, :1].contiguous()), r"1.values.dense is float32 \(2, 1, 45, 16\)"),
+        (damage("0.values.scale", lambda x: x[:1].contiguous()), "0.values.scale is float16"),
+        (damage("0.keys.dense", lambda x: x[:0].contiguous()), "0.keys.dense is float32"),
+        (damage("0.keys.dense", lambda x: torch.tensor(1.0)), r"0.keys.dense is float32 \(\)"),
+        (damage("0.keys.codes", lambda x: x.to(torch.int32)), "0.keys.codes is int32 .* uint8"),
+        (damage("0.keys.scale", lambda x: x.float()), "0.keys.scale is float32 .* float16"),
+        (damage("0.keys.dense", lambda x: x.double()), "0.keys.dense is float64 .* float32"),
+        (damage("1.values.dense", lambda x: x.bfloat16()), "1.values.dense is bfloat16 .* float32"),
+        (damage("padding", lambda x: x[:1].contiguous()), r"padding is bool \(1, 45\); bool of 2 rows"),
+        (damage("padding", lambda x: x.long()), r"padding is int64 \(2, 45\)"),
+        (poison("0.keys.scale", torch.nan), "0.keys.scale holds numbers that are not finite"),
+        (poison("1.keys.minimum", torch.inf), "1.keys.minimum holds numbers that are not finite"),
+        (poison("1.values.dense", -torch.inf), "1.values.dense holds numbers that are not finite"),
+    ],
+)
+def test_a_damaged_conversation_is_refused_in_one_sentence(model, saved, tmp_path, change, message):
+    tensors, facts = dict(saved[0]), dict(saved[1])
+    change(tensors, facts)
+    save_file(tensors, tmp_path / "state.safetensors", metadata=facts)
+    with pytest.raises(UserError, match=message) as caught:
+        KVTunerCache.load(tmp_path / "state.safetensors", model.config, KINDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_conversation_are_refused(model, saved, tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_file(*saved[:1], path, metadata=saved[1])
+    KVTunerCache.load(path, model.config, KINDS)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5], b"", b"\xff" * 64):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            KVTunerCache.load(path, model.config, KINDS)
+    for missing in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match="cannot be read"):
+            KVTunerCache.load(missing, model.config, KINDS)
+
+
+def test_every_byte_is_a_code(model, saved, tmp_path):
+    """Codes need no check of their values: whatever the bytes, attention stays within the cache and finite."""
+    ones = {name: x.fill_(255) if x.dtype == torch.uint8 else x for name, x in load_tensors(saved).items()}
+    save_file(ones, tmp_path / "state.safetensors", metadata=saved[1])
+    model.set_attn_implementation(ATTENTION)
+    logits = run(model, KVTunerCache.load(tmp_path / "state.safetensors", model.config, KINDS), IDS[:, :2])
+    model.set_attn_implementation("sdpa")
+    assert logits.isfinite().all()
+
+
+def load_tensors(saved):
+    return {name: tensor.clone() for name, tensor in saved[0].items()}
+
+
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path):
+    path = tmp_path / "state.safetensors"
+    cache = KVTunerCache.from_config(model.config, KINDS)
+    run(model, cache, IDS, chunks=(45,))
+    cache.layers[1].crop(-3)
+    with pytest.raises(UserError, match="the layers hold 42 and 45 tokens"):
+        cache.save(path)
+    cache.crop(-9)
+    cache.layers[0].crop(-3)
+    cache.layers[1].stores[1].dense[0, 1, 2, 3] = torch.nan
+    with pytest.raises(UserError, match="1.values.dense holds numbers that are not finite"):
+        cache.save(path)
+    cache.layers[1].stores[1].dense[0, 1, 2, 3] = 0
+    with pytest.raises(UserError, match="cannot be written"):
+        cache.save(tmp_path / "nowhere" / "state.safetensors")
+    assert not list(tmp_path.iterdir())
+    cache.save(path)
+    assert KVTunerCache.load(path, model.config, KINDS).get_seq_length() == 33
+
+
+def test_an_empty_conversation_is_one_too(model, tmp_path):
+    cache = KVTunerCache.from_config(model.config, KINDS)
+    cache.save(tmp_path / "new.safetensors")
+    run(model, cache, IDS, chunks=(45,))
+    cache.crop(-45)
+    cache.save(tmp_path / "forgotten.safetensors")
+    for name in ("new", "forgotten"):
+        loaded = KVTunerCache.load(tmp_path / f"{name}.safetensors", model.config, KINDS)
+        assert loaded.get_seq_length() == 0 and loaded.batch_size == -1
+        assert run(model, loaded, IDS[:1], chunks=(20,)).isfinite().all()
+
+
+def test_tokens_newer_than_the_mask_are_real(model):
+    """Who passes a mask with the prompt only goes on without one: later blocks have no padding."""
+    caches = [KVTunerCache.from_config(model.config, KINDS) for _ in range(2)]
+    for cache, length in zip(caches, (20, 45), strict=True):
+        cache.form.padding = torch.ones(2, length, dtype=torch.bool)
+        cache.form.padding[0, :3] = False
+        run(model, cache, IDS, chunks=(20,))
+    for one, other in zip(*map(stored, caches), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 8, 9, 31])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_SETTINGS, Packing, make_base
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import zoo
 from zoo.errors import UserError
@@ -278,7 +279,7 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "a weights file cannot be read"),
+        (truncate, r"model\.safetensors cannot be read \(.*\); the file is damaged"),
         (
             edit_tensors(lambda t: t[f"{UP}.core_mask"][4, 2].bitwise_xor_(1)),
             rf"{UP}\.core_mask keeps . weights where 2",
@@ -313,6 +314,268 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(checkpoint, tmp_path, d
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=message):
         load(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory) -> Path:
+    """A checkpoint whose layers store where each row begins."""
+    folder = tmp_path_factory.mktemp("ragged")
+    return Packing(make_base(folder / "base", "qwen2"), "ragged").write(folder / "slim")
+
+
+def placed_on_disk(offload: Path) -> dict:
+    """Arguments with which the second layer is read from its file at every forward."""
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return {"device_map": {**places, "model.layers.1": "disk"}, "offload_folder": offload}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            edit_tensors(lambda t: t[f"{UP}.row_offsets"][1:].fill_(2**40)),
+            rf"{UP}\.row_offsets do not rise from 0 to \d+;",
+        ),
+        (
+            edit_tensors(lambda t: t[f"{UP}.row_offsets"][1:].fill_(-1)),
+            rf"{UP}\.row_offsets do not rise from 0 to \d+;",
+        ),
+        (
+            edit_tensors(lambda t: t[f"{UP}.mask"].fill_(255)),
+            rf"{UP}\.mask keeps 64 weights where \d+ of 64 are needed",
+        ),
+        (edit_tensors(lambda t: t[f"{UP}.values"][7].fill_(torch.nan)), rf"{UP}\.values holds NaN or Inf"),
+        (
+            edit_tensors(lambda t: t["model.layers.1.input_layernorm.weight"][3].fill_(torch.inf)),
+            r"model\.layers\.1\.input_layernorm\.weight holds NaN or Inf; the file",
+        ),
+        (edit_tensors(lambda t: t["model.norm.weight"][3].fill_(torch.nan)), r"model\.norm\.weight holds NaN or Inf"),
+    ],
+)
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_numbers_are_checked_wherever_they_are_put(ragged, tmp_path, damage, message, place):
+    folder = shutil.copytree(ragged, tmp_path / "damaged")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load(folder, **(placed_on_disk(tmp_path / "offload") if place == "disk" else {}))
+
+
+def test_numbers_that_a_narrower_type_cannot_hold_are_refused(ragged, tmp_path):
+    folder = shutil.copytree(ragged, tmp_path / "large")
+    edit_tensors(lambda t: t[f"{UP}.values"][7].fill_(1e6))(folder)
+    load(folder, dtype=torch.bfloat16)
+    for places in ({}, placed_on_disk(tmp_path / "offload")):
+        with pytest.raises(UserError, match=rf"{UP}\.values holds NaN or Inf"):
+            load(folder, dtype=torch.float16, **places)
+
+
+def as_type(name, dtype):
+    return edit_tensors(lambda t: t.update({name: t[name].to(dtype)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("values", torch.int8, "int8 instead of float32 or bfloat16 or float16"),  # would load as zeros
+        ("values", torch.float64, "is of type F64; F32, BF16, F16"),
+        ("mask", torch.int32, "int32 instead of uint8"),
+        ("mask", torch.float32, "float32 instead of uint8"),
+        ("row_offsets", torch.int32, "int32 instead of int64"),
+        ("row_offsets", torch.float32, "float32 instead of int64"),
+    ],
+)
+def test_a_stored_type_that_the_format_does_not_declare_is_refused(ragged, tmp_path, name, dtype, message):
+    folder = shutil.copytree(ragged, tmp_path / "damaged")
+    as_type(f"{UP}.{name}", dtype)(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load(folder)
+    assert f"{UP}.{name}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", 10**7, r"embed_tokens\.weight has shape \(259, 64\) instead of \(10000000, 64\)"),
+        ("vocab_size", 2**40, "gives vocab_size 1099511627776: finite numbers up to 2147483647"),
+        ("num_hidden_layers", 9000, "describes 9000 blocks, there are only"),
+        ("num_hidden_layers", 2**31 - 1, "describes 2147483647 blocks: 10000 at most"),
+        ("intermediate_size", 2**31 - 64, "has shape"),
+        ("hidden_size", -64, "gives hidden_size -64: 1 or more is needed"),
+        ("hidden_size", None, "does not describe a model of its type .*hidden_size"),
+        ("rms_norm_eps", float("nan"), "gives rms_norm_eps nan: finite numbers"),
+        ("rms_norm_eps", 1e30, "gives rms_norm_eps"),
+        ("dtype", 3, "gives dtype 3: float32, bfloat16 or float16 is needed"),
+        ("dtype", "int8", "gives dtype 'int8': float32"),
+        ("num_labels", 10**9, "describes 1000000000 labels: 1000000 at most"),
+        ("hidden_act", "sillu", "no model can be built from config.json .*sillu"),
+        ("transformers_weights", "adapter_model.bin", "names transformers_weights: the weights"),
+        ("quantization_config", {"quant_method": "gptq"}, "names quantization_config: the weights"),
+    ],
+)
+def test_settings_that_the_files_do_not_bear_out_are_refused_before_memory_is_taken(
+    checkpoint, tmp_path, key, value, message
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def module(**changes):
+    return edit_config(lambda c: c["modules"][UP].update(changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit_config(lambda c: c.update(modules=None)), "compression_config.modules is None: a mapping"),
+        (edit_config(lambda c: c.update(modules=["a"])), r"compression_config.modules is \['a'\]: a mapping"),
+        (edit_config(lambda c: c["modules"].update({UP: "armor"})), f"{UP}: 'armor' is no weight format: a mapping"),
+        (module(format=[]), rf"{UP}: weight format \[\] is unknown for a linear layer; one of armor"),
+        (module(format={}), rf"{UP}: weight format \{{\}} is unknown"),
+        (module(block_in="16"), f"{UP}: format armor with block_in '16': int is needed"),
+        (module(block_in=True), f"{UP}: format armor with block_in True: int is needed"),
+        (module(block_in=0), f"{UP}: block_in 0 does not divide 64"),
+        (module(pattern=4), f"{UP}: format armor with pattern 4: a list of int is needed"),
+        (module(pattern=[]), rf"{UP}: pattern \[\] is impossible for 64 inputs"),
+        (module(pattern=[2]), f"{UP}: pattern 2 is impossible for 64 inputs: N:M, N < M"),
+        (module(pattern=[2, 4, 8]), f"{UP}: pattern 2:4:8 is impossible"),
+        (module(pattern=[2, "4"]), f"{UP}: format armor with pattern .*: a list of int"),
+        (edit_config(lambda c: c.update(format_version="1")), "format_version '1' is unknown, 1 is needed"),
+        (edit_config(lambda c: c.update(untied_head="no")), "untied_head is 'no': true or false is needed"),
+    ],
+)
+def test_an_odd_compression_config_is_refused_in_one_sentence(checkpoint, tmp_path, damage, message):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    damage(folder)
+    for read in (load, lambda folder: open_folder(folder).sizes()):
+        with pytest.raises(UserError, match=message) as error:
+            read(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_nothing_but_the_folders_own_safetensors_is_read(packing, checkpoint, tmp_path):
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+
+    class Planted:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "unpickled",))
+
+    torch.save(Planted(), pickled / "pytorch_model.bin")
+    load(pickled)
+    load(pickled, use_safetensors=False)
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors; pytorch_model\.bin could run code"):
+        load(pickled)
+    assert not (tmp_path / "unpickled").exists()
+
+    outside = packing.write(tmp_path / "outside", max_shard_bytes=10**5)
+    index = json.loads((outside / "model.safetensors.index.json").read_text())
+    moved = next(iter(index["weight_map"].values()))
+    shutil.move(outside / moved, tmp_path / "secret.safetensors")
+    places = {k: v if v != moved else "../secret.safetensors" for k, v in index["weight_map"].items()}
+    (outside / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": places}))
+    with pytest.raises(UserError, match=r"names '\.\./secret\.safetensors', which is not a file of the folder"):
+        load(outside)
+
+    state = shutil.copytree(checkpoint, tmp_path / "state")
+    (state / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="of a training state: a folder with the model's weights is needed"):
+        load(state)
+
+
+def test_links_out_of_the_base_are_not_copied(packing, tmp_path):
+    base = shutil.copytree(packing.base, tmp_path / "base")
+    (tmp_path / "secret").write_text("key")
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+
+    def never():
+        raise AssertionError("the work has begun")
+        yield
+
+    with pytest.raises(UserError, match="LICENSE is a link to .*secret: put the file itself there"):
+        packing.write(tmp_path / "out", base=base, tensors=never())
+    with pytest.raises(UserError, match="LICENSE is a link to"):
+        (tmp_path / "copy").mkdir()
+        open_folder(base).carry_files(tmp_path / "copy")
+    (base / "LICENSE").unlink()
+    (base / "terms").write_text("free")
+    (base / "LICENSE").symlink_to("terms")  # within the folder
+    assert (packing.write(tmp_path / "out", base=base) / "LICENSE").read_text() == "free"
+
+
+def as_repository(folder: Path, cache: Path, name: str) -> str:
+    """Put a folder into a Hub cache, as a download leaves it: a snapshot of links to blobs."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    snapshot = home / "snapshots" / ("0" * 40)
+    (home / "refs").mkdir(parents=True)
+    (home / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    for file in folder.iterdir():
+        shutil.copy(file, home / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    return snapshot
+
+
+def test_a_repository_is_checked_like_a_folder(packing, checkpoint, tmp_path):
+    shards = packing.write(tmp_path / "shards", max_shard_bytes=10**5)
+    as_repository(checkpoint, tmp_path / "cache", "us/whole")
+    snapshot = as_repository(shards, tmp_path / "cache", "us/shards")
+    where = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for name in ("us/whole", "us/shards"):
+        assert torch.equal(logits(load(name, **where)), logits(load(checkpoint)))
+    with pytest.raises(OSError):
+        load("us/nowhere", **where)
+    assert len(open_folder(snapshot).carried_files()) > 1  # its links are within the repository
+    (snapshot / "config.json").write_text(
+        (snapshot / "config.json").read_text().replace('"vocab_size": 259', '"vocab_size": 260')
+    )
+    with pytest.raises(UserError, match=r"us/shards: tensor .*has shape \(259, 64\) instead of \(260, 64\)"):
+        load("us/shards", **where)
+
+
+def test_a_state_dict_is_checked_like_files(checkpoint):
+    model_class, tensors = slim_class_for("llama"), load_file(checkpoint / "model.safetensors")
+    config = AutoConfig.from_pretrained(checkpoint)
+    model = model_class.from_pretrained(None, config=config, state_dict=tensors)
+    assert torch.equal(logits(model), logits(load(checkpoint)))
+    tensors.pop("model.norm.weight")
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is missing"):
+        model_class.from_pretrained(None, config=config, state_dict=tensors)
+
+
+def test_transformers_own_report_is_not_needed(checkpoint, tmp_path, monkeypatch):
+    """What it does while loading is private to it, and a newer one may do without."""
+
+    def finalize(model, load_config, loading_info):
+        model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+        model.tie_weights(recompute_mapping=False)
+        return loading_info
+
+    monkeypatch.setattr(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize))
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    load(folder)
+    edit_tensors(lambda t: t.pop("model.norm.weight"))(folder)
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is missing"):
+        load(folder)
+
+
+def test_threads_may_load_at_once(checkpoint):
+    ties, wanted = PreTrainedModel.tie_weights, logits(load(checkpoint))
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(load, [checkpoint] * 8, timeout=120))
+    assert all(torch.equal(logits(model), wanted) for model in models)
+    assert PreTrainedModel.tie_weights is ties
+
+
+def test_the_head_is_not_trained_as_a_whole_while_it_is_packed(tmp_path):
+    base = make_base(tmp_path / "base")
+    model = load(Packing(base, (4,), head_bits=6).write(tmp_path / "slim"))
+    with pytest.raises(UserError, match="modules_to_save would: leave it out"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
 
 
 def test_damage_is_seen_below_an_adapter_too(checkpoint, tmp_path):

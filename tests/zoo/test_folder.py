@@ -143,7 +143,9 @@ def test_unstructured_convolutions_come_back_in_their_shape(tmp_path):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 9), "cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
         (
-            lambda folder: save_file({"a": torch.zeros(2, dtype=torch.float64)}, folder / "model.safetensors"),
+            lambda folder: save_file(
+                {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(2)}, folder / "model.safetensors"
+            ),
             "a is of type F64; F32, BF16, F16",
         ),
     ],
@@ -177,3 +179,19 @@ def test_importing_zoo_loads_neither_card_nor_yaml_nor_gguf():
     assert not gguf and not recipes and "zoo.record.card" not in ours
     assert {"zoo.registry", "zoo.record.schema", "zoo.record.format"} <= ours.keys()
     assert [name for name, names in ours.items() if "yaml" in names] == []
+
+
+def test_a_new_head_of_another_size_is_started_as_in_transformers(tmp_path):
+    path, _ = packed_resnet(tmp_path / "slim")
+    with pytest.raises(
+        UserError, match=r"classifier\.1\.bias has shape \(3,\) instead of \(5,\).*=True starts it anew"
+    ):
+        AutoModelForImageClassification.from_pretrained(path, num_labels=5)
+    found = AutoModelForImageClassification.from_pretrained(path, num_labels=5, ignore_mismatched_sizes=True)
+    assert found.classifier[1].weight.shape == (5, 12) and found.classifier[1].weight.isfinite().all()
+    same = AutoModelForImageClassification.from_pretrained(path)
+    assert torch.equal(found.resnet(torch.ones(1, 3, 8, 8))[0], same.resnet(torch.ones(1, 3, 8, 8))[0])
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_channels": 3 * 10**6}))
+    with pytest.raises(UserError, match="has shape"):  # the rest must fit all the same
+        AutoModelForImageClassification.from_pretrained(path, num_labels=5, ignore_mismatched_sizes=True)

@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM
+
+from zoo.record.card import loading
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
 CACHE = {"method": "kvtuner", "version": 1, "mode": "kivi", "group_size": 8, "residual_length": 8}
@@ -20,15 +23,28 @@ CACHE["layers"] = [[4, 2], [8, 4]]
 FAMILIES = {"llama": "armor", "qwen2": "ragged", "qwen3": (4, 3), "gemma3_text": "2:4"}
 
 
+def needed_by(*names: str) -> dict[str, Distribution]:
+    """The distributions that installing `names` brings, as they are installed here."""
+    found, wanted = {}, list(names)
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        if (requirement.marker is None or requirement.marker.evaluate({"extra": ""})) and requirement.name not in found:
+            found[requirement.name] = distribution(requirement.name)
+            wanted += found[requirement.name].requires or []
+    return found
+
+
 @pytest.fixture(scope="module")
 def foreign_python(tmp_path_factory) -> Path:
-    """The interpreter of a new environment that has our versions of torch and transformers, and no slimzoo."""
+    """The interpreter of a new environment that has our torch, transformers and what these need, and no slimzoo."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    packages = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-    return python
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for package in needed_by("torch", "transformers").values():
+        for top in {file.parts[0] for file in package.files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():  # two may share a folder
+                (site / top).symlink_to(package.locate_file(top))
+    return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +82,20 @@ def succeed(process: subprocess.CompletedProcess) -> dict:
 
 
 LOAD = """
-import json, sys
+import builtins, json, sys
 import torch
 from importlib.util import find_spec
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 
 assert find_spec("zoo") is None and find_spec("slimzoo") is None, "slimzoo is importable"
 folder, wanted, ids = sys.argv[1], load_file(sys.argv[2]), torch.tensor(json.loads(sys.argv[3]))
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+builtins.input = lambda text: sys.exit(f"in a terminal it would wait for an answer: {text}")
+exec(sys.argv[5])  # the card's own lines
 with torch.no_grad():
     logits = model(ids).logits
     hidden = AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state
     half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)(ids).logits
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model.save_pretrained(sys.argv[4])
 print(json.dumps({
     "class": f"{type(model).__module__}.{type(model).__name__}",
@@ -100,12 +116,13 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
 def test_loads_without_slimzoo_with_the_same_logits_and_saves_again(folders, run, family, tmp_path):
     wanted = folders[family].parent / f"wanted-{family}.safetensors"
     again = tmp_path / "again"
-    found = succeed(run(LOAD, folders[family], wanted, json.dumps(IDS.tolist()), again))
+    snippet = loading({"pipeline_tag": "text-generation"}, str(folders[family])).split("```")[3].removeprefix("python")
+    found = succeed(run(LOAD, folders[family], wanted, json.dumps(IDS.tolist()), again, snippet))
     assert found.pop("class").startswith("transformers_modules.slim_hyphen_")
     assert found.pop("cosine") > 0.999
     assert len(found.pop("ids")) == 2
     assert found == {"close_logits": True, "same_base": True, "same_tokens": True}
-    assert shutil.which("c++") is None or any(tmp_path.glob(".cache/slimzoo/*.so"))  # from the bundled C++
+    assert shutil.which("c++") is None or any(tmp_path.glob(".cache/slimzoo/kernels/*.so"))  # from the bundled C++
     # What the bundled code saved is the same checkpoint, code included, and loads both ways.
     before, after = load_file(folders[family] / "model.safetensors"), load_file(again / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from transformers.utils import is_triton_available
+
+from ..errors import UserError
 
 NAMESPACE = "slimzoo"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SKINNY = 32  # rows of x up to which a product is read straight from the packed weight
 _kept = threading.local()  # scratch memory by use
+_proved = WeakTensorKeyDictionary()  # by the first of the tensors that passed a check: what they were then
 
 
 def define(
@@ -24,15 +28,12 @@ def define(
 ) -> Callable[..., Tensor]:
     """Defines torch.ops.slimzoo.<name> unless a copy of this code already has, and returns the op.
 
-    Args: compute(x, *weights) -> result; shape(x, *weights) -> empty result; dense_weight(x, *weights) -> (d_out, d_in),
-    which the gradient by x, then the only one there is, needs: grad_x = grad_y W; or gradients(grad_y, needs, x, *weights)
-    -> one per argument, None where needs[i] is false.
+    Args: compute(x, *weights) -> result, to which all tensors come contiguous and on one device; shape(x, *weights) ->
+    empty result; dense_weight(x, *weights) -> (d_out, d_in), which the gradient by x, then the only one there is, needs:
+    grad_x = grad_y W; or gradients(grad_y, needs, x, *weights) -> one per argument, None where needs[i] is false.
     """
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
-        full = f"{NAMESPACE}::{name}"
-        torch.library.define(full, schema)
-        torch.library.impl(full, "default", compute)
-        torch.library.register_fake(full, shape)
+        full = _register(name, schema, compute, shape)
 
         def setup_context(ctx, inputs, output):
             ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
@@ -50,14 +51,72 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def define_plain(name: str, schema: str, compute: Callable, shape: Callable) -> Callable[..., Tensor]:
-    """As `define`, for an operation that has no gradient: one on weights alone, or a gradient itself."""
+def define_plain(
+    name: str, schema: str, compute: Callable, shape: Callable, strided: bool = False
+) -> Callable[..., Tensor]:
+    """As `define`, for an operation that has no gradient: one on weights alone, or a gradient itself.
+
+    Args: strided: compute takes tensors as they lie in memory, where a copy would cost too much.
+    """
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
-        full = f"{NAMESPACE}::{name}"
-        torch.library.define(full, schema)
-        torch.library.impl(full, "default", compute)
-        torch.library.register_fake(full, shape)
+        _register(name, schema, compute, shape, strided)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _register(name: str, schema: str, compute: Callable, shape: Callable, strided: bool = False) -> str:
+    full = f"{NAMESPACE}::{name}"
+
+    def checked_compute(*args):
+        _check_devices(name, args)
+        return compute(*(args if strided else map(_contiguous, args)))
+
+    def checked_shape(*args):  # one tensor on "meta" is enough to come here
+        _check_devices(name, args)
+        return shape(*args)
+
+    torch.library.define(full, schema)
+    torch.library.impl(full, "default", checked_compute)
+    torch.library.register_fake(full, checked_shape)
+    return full
+
+
+def _contiguous(value):
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    return [_contiguous(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_devices(name: str, args: tuple) -> None:
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,)) if isinstance(t, Tensor)]
+    if any(tensor.device != tensors[0].device for tensor in tensors):
+        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise ValueError(f"{name}: tensors are on {devices}; all must be on one device")
+
+
+def prove(check: Callable[[], None], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+    """Calls check() unless these very tensors, unchanged and with these sizes, have passed it before.
+
+    For what a GPU's kernels index with: to look at it is to wait for the device, and layers hand over the same tensors at
+    every call. Tensors that keep no version (of inference mode) are looked at every time.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.is_inference() for tensor in given):
+        return check()
+    states = [(tensor.data_ptr(), tensor._version) for tensor in given]
+    known = _proved.get(given[0])
+    if (
+        known is not None
+        and known[1:] == (states, sizes)
+        and all(r() is t for r, t in zip(known[0], given, strict=True))
+    ):
+        return
+    check()
+    _proved[given[0]] = ([TensorWeakRef(tensor) for tensor in given], states, sizes)
+
+
+def damaged(op: str, what: str) -> UserError:
+    """The error for tensors that name places which do not exist: never a caller's mistake alone."""
+    return UserError(f"{op}: {what}; the file is damaged, download or build the checkpoint again")
 
 
 def linear_shape(x: Tensor, d_out: int) -> Tensor:

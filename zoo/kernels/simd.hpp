@@ -15,6 +15,20 @@
 #define X86 1
 #endif
 
+// Without OpenMP, as with Apple's compiler alone, its pragmas count as comments and everything runs on one thread. Its
+// header is not needed, and not there where only its library is.
+#ifdef _OPENMP
+extern "C" int omp_get_thread_num(void);
+#else
+static inline int omp_get_thread_num() { return 0; }
+#endif
+
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
+
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
@@ -89,12 +103,15 @@ inline int detect_level() {
 #ifdef X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512vpopcntdq"))
     return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return AVX2;
 #endif
   return PORTABLE;
 }
+
+EXPORT int slimzoo_level() { return detect_level(); }
 
 // x as the dot products want it: (n, stride) fp32 and, for AVX512_BF16 with bf16 weights, bf16; zero-padded.
 struct Vectors {
@@ -119,6 +136,53 @@ struct Row {
   const uint8_t* mask;
   int64_t bytes;
 };
+
+// ------------------------------------------------------------------------------------------- before a mask is followed
+//
+// A mask and offsets say where a kernel reads, and a file may be damaged: they are proved before they are used, at every
+// call, because tensors may be other ones at every call. `keeps` reads the row of the mask that the product reads next,
+// so no byte more comes from memory; per 64 columns it loads and counts once (AVX-512: per 512), and the product loads,
+// expands and multiplies two to eight times. `rises` reads 8 bytes a row. In all: under 1 % of the bytes of a row of 4096,
+// and about 3 instructions to 20.
+
+static inline __attribute__((always_inline)) int64_t count_bits(const uint8_t* mask, int64_t bytes) {
+  int64_t count = 0, whole = bytes / 8;
+  for (int64_t k = 0; k < whole; k++) {
+    uint64_t word;
+    std::memcpy(&word, mask + 8 * k, 8);
+    count += __builtin_popcountll(word);
+  }
+  uint64_t rest = 0;
+  std::memcpy(&rest, mask + 8 * whole, bytes - 8 * whole);
+  return count + __builtin_popcountll(rest);
+}
+#ifdef X86
+__attribute__((target("popcnt"))) static int64_t count_bits_by_word(const uint8_t* mask, int64_t bytes) {
+  return count_bits(mask, bytes);
+}
+__attribute__((target("avx512f,avx512vpopcntdq,popcnt"))) static int64_t count_bits_by_vector(const uint8_t* mask,
+                                                                                              int64_t bytes) {
+  return count_bits(mask, bytes);
+}
+#endif
+
+// Whether a row of a mask keeps `kept` of its d_in columns, and nothing beyond them.
+inline bool keeps(int level, const uint8_t* mask, int64_t d_in, int64_t kept) {
+  int64_t bytes = (d_in + 7) / 8;
+  if (d_in % 8 && mask[bytes - 1] >> d_in % 8) return false;
+#ifdef X86
+  if (level >= AVX512) return count_bits_by_vector(mask, bytes) == kept;
+  if (level == AVX2) return count_bits_by_word(mask, bytes) == kept;
+#endif
+  return count_bits(mask, bytes) == kept;
+}
+
+// Whether offsets (rows + 1,) rise from 0 to `end`.
+inline bool rises(const int64_t* offsets, int64_t rows, int64_t end) {
+  bool fits = offsets[0] == 0 && offsets[rows] == end;
+  for (int64_t i = 0; i < rows; i++) fits &= offsets[i] <= offsets[i + 1];
+  return fits;
+}
 
 // ------------------------------------------------------------------------------------------------------- portable
 

@@ -51,6 +51,20 @@ def _refuse_write():
     )
 
 
+class PackedTensor(nn.Parameter):
+    """A tensor of whole numbers in a packed layer. Adapters that copy a layer to train it (peft's modules_to_save) ask
+    every tensor of it for gradients: the answer is one sentence.
+    """
+
+    def requires_grad_(self, requires_grad: bool = True):
+        if requires_grad:
+            raise UserError(
+                "a packed layer cannot be trained as a whole, as modules_to_save would: leave it out, give it an adapter of "
+                "its own (target_modules), or export the checkpoint dense first."
+            )
+        return self
+
+
 class PackedLayer:
     """Mixed in before nn.Linear or nn.Conv2d: to whoever asks (peft does) it is one, without its weight.
 
@@ -89,6 +103,12 @@ class PackedLayer:
         tensor = torch.empty(shape, dtype=dtype, device=device)
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
+    def freeze(self) -> None:
+        """Ask for no gradients any more: what a loaded layer is like."""
+        for name, tensor in self.named_parameters(recurse=False):
+            kind = nn.Parameter if tensor.is_floating_point() else PackedTensor
+            self._parameters[name] = kind(tensor.data, requires_grad=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)  # autocast hands over other types
         if torch.is_autocast_enabled(x.device.type):  # it would reach into the operation and undo its fp32 sums
@@ -110,10 +130,8 @@ class PackedLayer:
 
     def check_finite(self, name: str) -> None:
         """Raise UserError if a floating-point tensor of this layer holds NaN or Inf; `name` is the module's name."""
-        for key, tensor in self.named_parameters(recurse=False):
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # both propagate NaN; one pass, no temporaries
+        for key, tensor in self._parameters.items():
+            if tensor is not None and tensor.is_floating_point() and not is_finite(tensor):
                 raise UserError(f"{name}.{key} holds NaN or Inf; {REBUILD}.")
 
 
@@ -189,11 +207,19 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 REBUILD = "the file is damaged, download or build the checkpoint again"
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor Inf: one pass, no temporaries."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # both propagate NaN
+
+
 def check_pattern(in_features: int, pattern: tuple[int, int]) -> tuple[int, int]:
     """Return the N:M pattern as a tuple of ints; raise UserError unless 0 < N < M and M divides in_features."""
-    n, m = pattern
+    n, m = pattern if len(pattern) == 2 else (0, 0)
     if not 0 < n < m or in_features % m:
-        raise UserError(f"pattern {n}:{m} is impossible for {in_features} inputs: N < M and M dividing them is needed.")
+        shown = ":".join(map(str, pattern)) or "[]"
+        raise UserError(
+            f"pattern {shown} is impossible for {in_features} inputs: N:M, N < M, M dividing them, is needed."
+        )
     return n, m
 
 

@@ -49,7 +49,7 @@ class Bitmask:
         d_out, d_in = self.matrix_shape
         if (pattern is None) == (nnz is None):
             raise UserError(f"pattern {pattern} and nnz {nnz}: exactly one of them is needed.")
-        self.pattern = pattern and check_pattern(d_in, pattern)
+        self.pattern = None if pattern is None else check_pattern(d_in, pattern)
         if not self.pattern and not 0 <= nnz <= d_out * d_in:
             raise UserError(f"nnz {nnz}: from 0 to {d_out * d_in} weights can be kept.")
         kept = (d_out, d_in * self.pattern[0] // self.pattern[1]) if self.pattern else (nnz,)

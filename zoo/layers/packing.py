@@ -83,7 +83,9 @@ def format_keys() -> dict[str, type | list[type]]:
 def _format_class(name: str, spec: dict, kind: type = nn.Module) -> type[PackedLayer]:
     """The class of the spec's format for that kind of layers; UserError naming the module if there is none."""
     formats = {layer_class.format: layer_class for layer_class in FORMATS if issubclass(layer_class, kind)}
-    if spec.get("format") not in formats:
+    if not isinstance(spec, dict):
+        raise UserError(f"{name}: {spec!r} is no weight format: a mapping with the key 'format' is needed.")
+    if not isinstance(spec.get("format"), str) or spec["format"] not in formats:
         noun = {nn.Linear: "linear layer", nn.Conv2d: "convolution"}.get(kind, "layer")
         raise UserError(
             f"{name}: weight format {spec.get('format')!r} is unknown for a {noun}; one of {', '.join(formats)} is needed."
@@ -91,9 +93,15 @@ def _format_class(name: str, spec: dict, kind: type = nn.Module) -> type[PackedL
     return formats[spec["format"]]
 
 
+def _is_of(value, kind: type | list[type]) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list | tuple) and all(_is_of(item, kind[0]) for item in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _packed_like(name: str, layer: nn.Linear | nn.Conv2d, spec: dict) -> PackedLayer:
-    keys = {key: value for key, value in spec.items() if key != "format"}
     layer_class = _format_class(name, spec, nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+    keys = {key: value for key, value in spec.items() if key != "format"}
     required = {key for key in layer_class.keys if not key.endswith("?")}
     optional = {key.removesuffix("?") for key in layer_class.keys} - required
     if not required <= keys.keys() <= required | optional:
@@ -101,6 +109,11 @@ def _packed_like(name: str, layer: nn.Linear | nn.Conv2d, spec: dict) -> PackedL
             f"{name}: format {spec['format']} with keys {sorted(keys)}: {sorted(required)} are needed and "
             f"{sorted(optional)} are allowed; a newer slimzoo may be."
         )
+    for key, value in keys.items():
+        kind = layer_class.keys.get(key) or layer_class.keys[f"{key}?"]
+        if not _is_of(value, kind):
+            wanted = f"a list of {kind[0].__name__}" if isinstance(kind, list) else kind.__name__
+            raise UserError(f"{name}: format {spec['format']} with {key} {value!r}: {wanted} is needed.")
     if isinstance(layer, nn.Conv2d):
         shape = (layer.in_channels, layer.out_channels, layer.kernel_size)
         keys |= {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
@@ -110,5 +123,5 @@ def _packed_like(name: str, layer: nn.Linear | nn.Conv2d, spec: dict) -> PackedL
     try:
         packed = layer_class(*shape, **like, **keys)
     except (UserError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {str(error).rstrip('.')}.") from None
     return packed.train(layer.training)

@@ -9,6 +9,10 @@ from ..kernels.sparse_conv2d import sparse_conv2d
 from ..random_mask import GENERATOR, SEEDS, digest, random_mask
 from .base import REBUILD, PackedConv2d, PackedLinear
 
+# Drawing a mask takes 24 bytes a weight, stored or not: a matrix may have SMALL many, or, up to LARGE, SPARSEST for
+# each that is kept.
+SMALL, LARGE, SPARSEST = 2**24, 2**28, 1000
+
 
 def seeded_bitmask(rows: int, columns: int, seed: int, layer: int, nnz: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(mask uint8 (rows, ceil(columns/8)), row_offsets int64 (rows+1,)) of the random mask that the numbers name."""
@@ -44,6 +48,10 @@ class SeededMask:
         if not (0 <= nnz <= d_out * d_in and 0 <= seed < SEEDS and 0 <= layer < SEEDS):
             raise UserError(
                 f"seed {seed}, layer {layer}, nnz {nnz}: whole numbers, nnz up to {d_out * d_in}, are needed."
+            )
+        if d_out * d_in > max(SMALL, min(LARGE, SPARSEST * nnz)):
+            raise UserError(
+                f"{d_out} x {d_in} weights of which {nnz} are kept: drawing that mask would take the memory."
             )
         self.seed, self.layer, self.sha256, self._drawn = seed, layer, sha256, None
         self.add_tensor("values", (nnz,), dtype, device)

@@ -4,6 +4,7 @@ The skeleton is model_cards/template.md; what is said about a method comes from 
 matter holds its names, tags and limits, and whose body may use the recipe's flags as $placeholders.
 """
 
+import math
 import re
 from string import Template
 
@@ -11,9 +12,10 @@ import yaml  # huggingface_hub needs it too
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..errors import UserError
-from .compare import speed_verdict, verdicts
+from .compare import compare, speed_verdict, verdicts
 from .format import (
     CARDS,
+    FIDELITY,
     HUB_ID,
     base_link,
     baseline_name,
@@ -25,6 +27,7 @@ from .format import (
     slug,
     table,
 )
+from .measurements import FEWEST, FILE
 from .schema import check_report
 
 UNKNOWN_LICENSE = "unknown"
@@ -43,12 +46,13 @@ def render_card(report: dict, *, repo_id: str | None) -> str:
     name = repo_id or default_name(report)
     metadata = card_metadata(report, method, name, repo_id)
     fields = {
-        "title": name.rpartition("/")[2],
-        "summary": method["summary"],
+        "title": name.rpartition("/")[2] + returned(report),
+        "summary": " ".join(filter(None, [returned_sentence(report), outdone_sentence(report), method["summary"]])),
         "base": base_link(report["base_model"]["id"]),
         "paper": paper_link(method),
         "quality": quality_table(report),
         "verdicts": "\n".join(f"- {line}" for line in verdicts(report)),
+        "pairing": PAIRED if "paired" in report else UNPAIRED,
         "scatter": scatter_line(report),
         "data": data_table(report),
         "sizes": sizes(report),
@@ -95,6 +99,35 @@ def baseline_texts(recipe: str = "") -> dict[str, str]:
     texts = yaml.safe_load((CARDS / "baselines.yaml").read_text(encoding="utf-8"))
     own = {key.partition("/")[2]: text for key, text in texts.items() if key.startswith(f"{recipe}/")}
     return {key: text for key, text in texts.items() if "/" not in key} | own
+
+
+def returned(report: dict) -> str:
+    """What a title adds where the method returned a baseline; else nothing."""
+    return f" (the same as {report['same_as'][0]})" if report.get("same_as") else ""
+
+
+def returned_sentence(report: dict) -> str:
+    """The first sentences of a card where the method returned a baseline; else nothing."""
+    if not report.get("same_as"):
+        return ""
+    first, *others = report["same_as"]
+    what = baseline_texts(report["recipe"]).get(first, "")
+    also = f" So do {', '.join(others)}." if others else ""
+    return f"**What the method returned here is a baseline, {first}**: it {what}{also}"
+
+
+def outdone_sentence(report: dict) -> str:
+    """Names the baselines that take no more bytes and are better wherever they can be told apart; else nothing."""
+    if footprint := report.get("footprint"):
+        taken, own = footprint["models"], footprint["models"][method_name(report)]
+    else:
+        taken, own = report["size"].get("baselines", {}), report["size"]["compressed_bytes"]
+    found = []
+    for name in report["baselines"]:
+        told = {compare(report, key, name) for key in report["compressed"]}
+        if taken.get(name, math.inf) <= own and "worse" in told and "better" not in told:
+            found.append(f"{name} ({100 * taken[name] / own:.0f} % of the bytes)")
+    return f"**No larger and better here: {', '.join(found)}.**" if found else ""
 
 
 def paper_link(method: dict) -> str:
@@ -153,10 +186,13 @@ def card_metadata(report: dict, method: dict, name: str, repo_id: str | None) ->
 
 def metric_source(report: dict, key: str) -> tuple[str, dict]:
     """("perplexity", the row of `data.evaluation`) of the metric "perplexity/A"; without a place, as of image models, the
-    row of its kind or "test".
+    row of its kind or "test". The fidelity of language models is that on all texts together.
     """
     kind, _, where = key.partition("/")
     evaluation = report["data"]["evaluation"]
+    if kind in FIDELITY and "test" not in evaluation:
+        names = [found["name"] for place, found in evaluation.items() if place != "tasks"]
+        return kind, {"name": ", ".join(names), "version": None}
     data = (
         evaluation.get(where) or evaluation.get("tasks", {}).get(where) or evaluation.get(kind, evaluation.get("test"))
     )
@@ -171,17 +207,39 @@ def data_title(report: dict, key: str) -> str:
 
 
 def quality_table(report: dict) -> str:
-    """Dense, this model and every baseline on every metric."""
-    compressed = report["compressed"]
-    header = ["", *(f"{metric_title(key)} {'↑' if m['higher_is_better'] else '↓'}" for key, m in compressed.items())]
-    rows = [["dense", *(format_metric(report["dense"][key]) for key in compressed)]]
-    rows.append([f"**{method_name(report)}**", *(f"**{format_metric(m)}**" for m in compressed.values())])
-    for name, metrics in report["baselines"].items():
-        rows.append([name, *(format_metric(metrics[key]) for key in compressed)])
+    """Dense, this model and every baseline on every metric; then how near each is to dense."""
+    shown = metric_table(report, [key for key in report["compressed"] if key not in FIDELITY], dense=True)
     about = [
         f"- {name}: {text}" for name, text in baseline_texts(report["recipe"]).items() if name in report["baselines"]
     ]
-    return "\n\n".join([table(header, rows), "\n".join(about)]).strip()
+    return "\n\n".join(filter(None, [shown, "\n".join(about), fidelity_table(report)]))
+
+
+def metric_table(report: dict, keys: list[str], dense: bool) -> str:
+    models = {"dense": report["dense"]} if dense else {}
+    models |= {f"**{method_name(report)}**": report["compressed"], **report["baselines"]}
+    header, rows = [""], []
+    for key in keys:
+        header.append(f"{metric_title(key)} {'↑' if report['compressed'][key]['higher_is_better'] else '↓'}")
+    for name, metrics in models.items():
+        mark = "**" if metrics is report["compressed"] else ""
+        rows.append([name, *(f"{mark}{format_metric(metrics[key])}{mark}" for key in keys)])
+    return table(header, rows)
+
+
+def fidelity_table(report: dict) -> str:
+    """How near the predictions are to the dense model's; empty where that was not measured."""
+    keys = [key for key in FIDELITY if key in report["compressed"]]
+    if not keys:
+        return ""
+    dense, what = report["dense"][keys[0]], "of every image"
+    if "test" not in report["data"]["evaluation"]:
+        what = f"of the next token on {dense['n']} held-out windows of the texts, together"
+    about = (
+        f"Each prediction {what}, compared with the dense model's: KL(dense ‖ model) in nats, and how often both rank the"
+        " same first."
+    )
+    return f"{about}\n\n{metric_table(report, keys, dense=False)}"
 
 
 def sameness(report: dict) -> str:
@@ -191,7 +249,17 @@ def sameness(report: dict) -> str:
     return "All rows were measured on the same data, and the baselines were calibrated on the same text:"
 
 
-LOADING = """With slimzoo installed (`pip install slimzoo`), no remote code runs:
+PAIRED = (
+    "Every difference was taken window by window and item by item, this model's values against the other's on the same"
+    f" ones (`{FILE}`); its ± is one standard error of the mean, over windows, items, seeds or draws, whichever is largest."
+    f" Better and worse need two of them, on {FEWEST} windows or items at least; where no ± is given, two of both rows' own"
+    " scatter."
+)
+UNPAIRED = (
+    "Values of single windows and items were not kept, so these differences are not paired: better and worse need two"
+    " standard errors of both rows' own scatter taken together, and all else is undecided."
+)
+LOADING = """With slimzoo installed (on no package index yet: `pip install .` in a clone of its source), no remote code runs:
 
 ```python
 import zoo
@@ -207,7 +275,7 @@ Without slimzoo, with torch and transformers only, the code in this folder does 
 from transformers import {auto}, {reader}
 
 model = {auto}.from_pretrained("{source}", trust_remote_code=True)
-{variable} = {reader}.from_pretrained("{source}")
+{variable} = {reader}.from_pretrained("{source}", trust_remote_code=False)  # runs no code; without a word it would ask
 ```"""
 CLASSES = {  # by pipeline tag: the model's class, the class of what prepares its inputs, and a name for that
     "text-generation": ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer"),
@@ -223,7 +291,11 @@ def loading(method: dict, source: str) -> str:
 
 def scatter_line(report: dict) -> str:
     """How far another draw of windows or items would move a whole column; empty when nothing is known of it."""
-    known = {key: m for key, m in report["dense"].items() if m["spread"] is not None and m["n_of"] != "seeds"}
+    known = {
+        key: m
+        for key, m in report["dense"].items()
+        if m["spread"] is not None and m["n_of"] != "seeds" and key not in FIDELITY
+    }
     if not known:
         return ""
     digits = {key: 3 if m["unit"] == "fraction" else 2 for key, m in known.items()}

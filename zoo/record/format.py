@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 CARDS = Path(__file__).resolve().parent.parent.parent / "model_cards"  # beside this package, in a clone and in a wheel
+DIGITS = {"fraction": 3, "kl": 4}  # behind the point, 2 for other units
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FIDELITY = ("kl", "kl_median", "kl_p99", "agreement")  # to the dense model's predictions
 TITLES = {  # of the metrics whose keys do not say it; the name of the data follows
     "top5": "top-5 accuracy",
     "nll": "NLL",
@@ -17,6 +19,10 @@ TITLES = {  # of the metrics whose keys do not say it; the name of the data foll
     "fpr95_energy": "energy FPR at 95 % TPR against",
     "fgsm": "accuracy under FGSM",
     "pgd": "accuracy under PGD",
+    "kl": "mean KL",
+    "kl_median": "median KL",
+    "kl_p99": "99th-percentile KL",
+    "agreement": "top-1 agreement",
 }
 
 
@@ -49,7 +55,7 @@ def base_link(name: str) -> str:
 def format_metric(metric: dict) -> str:
     """'18.12 ± 0.07', '0.530', '1.32 ± 0.02×'; ± is over seeds or runs only, not over windows or items."""
     value, spread = metric["value"], metric["spread"]
-    digits = 3 if metric["unit"] == "fraction" else 2
+    digits = DIGITS.get(metric["unit"], 2)
     unit = "×" if metric["unit"] == "ratio" else ""
     if spread is None or metric["n_of"] not in ("seeds", "runs"):
         return f"{format_number(value, digits)}{unit}"
@@ -62,12 +68,18 @@ def format_number(value: float, digits: int) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
 
 
-def format_change(ours: dict, baseline: dict) -> str:
-    """'+3.4 %', or for fractions '-2.0 points'."""
-    difference = ours["value"] - baseline["value"]
+def format_change(ours: dict, baseline: dict, paired: dict | None = None) -> str:
+    """'+3.4 %', or for fractions '-2.0 points'; '+3.4 ± 0.5 %' with the standard error of a paired difference."""
+    scale, ending, digits = 100 / (baseline["value"] or 1.0), "%", ",.1f"
     if ours["unit"] == "fraction":
-        return f"{100 * difference:+.1f} points"
-    return f"{100 * difference / baseline['value']:+,.1f} %"
+        scale, ending = 100.0, "points"
+    elif baseline["value"] == 0:
+        scale, ending, digits = 1.0, ours["unit"], ".2g"
+    error = ""
+    if paired is not None and paired["error"] is not None:
+        natural = ours["value"] if ours["unit"] == "ppl" else 1.0  # its difference is one of logarithms
+        error = f" ± {scale * natural * paired['error']:{digits}}"
+    return f"{scale * (ours['value'] - baseline['value']):+{digits}}{error} {ending}"
 
 
 def format_bytes(size: int) -> str:

@@ -11,14 +11,23 @@ def upgrade(report: dict) -> dict:
 
     Raises: UserError for an old report that is broken.
     """
-    if not isinstance(report, dict) or report.get("schema_version") != 1:
+    if not isinstance(report, dict):
         return report
     try:
-        return first_to_second(report)
+        if report.get("schema_version") == 1:
+            report = first_to_second(report)
+        if report.get("schema_version") == 2:
+            report = second_to_third(report)
+        return report
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"a broken report of schema_version 1 ({type(error).__name__}: {error}): make the checkpoint again."
         ) from None
+
+
+def second_to_third(report: dict) -> dict:
+    """Values of single windows and items were not kept: no `paired`, and no measurements.json."""
+    return report | {"schema_version": 3}
 
 
 def first_to_second(report: dict) -> dict:

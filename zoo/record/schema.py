@@ -11,7 +11,7 @@ from ..layers.packing import format_keys
 from .format import method_name
 from .migrate import upgrade
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NONE = type(None)
 
 # A spec is a type, a tuple of types, [spec of every item], or a dict of specs, in which "key?" may be absent and "*"
@@ -46,6 +46,11 @@ LAYER = {
     "loss_init": (float, NONE),
     "loss_final": (float, NONE),
     "output_error": (float, NONE),
+}
+PAIR = {  # this model minus another on the same windows or items: measurements.paired_difference
+    "difference": float,  # of a perplexity, of its logarithm
+    "error": (float, NONE),  # standard error
+    "n": int,  # windows or items
 }
 TABLE = {
     "header": [str],
@@ -100,6 +105,7 @@ REPORT = {
     "dense": {"*": METRIC},
     "compressed": {"*": METRIC},
     "baselines": {"*": {"*": METRIC}},
+    "paired?": {"*": {"*": PAIR}},  # with "dense" and the baselines, from measurements.json; reports before 3 have none
     "size": {
         "dense_bytes": int,  # of the dense model in the checkpoint's dtype
         "compressed_bytes": int,
@@ -124,12 +130,13 @@ REPORT = {
         "dense": int,
         "models": {"*": int},  # this one and the baselines
     },
+    "same_as?": [str],  # the baselines that the method returned and its model therefore is; the card says so first
     "settings?": {"*": dict},  # by key: what config.json has to say, besides packed modules, for the claims to hold
     "samples?": [{"prompt": str, "dense": str, "compressed": str}],
     "files?": {"*": str},  # sha256 of every file of the checkpoint but report.json and README.md
 }
 COUNTED = ("windows", "items", "runs", "seeds")
-LOWEST = {"ppl": 1.0, "fraction": 0.0, "ratio": 0.0}
+LOWEST = {"ppl": 1.0, "fraction": 0.0, "ratio": 0.0, "kl": 0.0}
 
 
 def read_report(path: Path) -> dict:
@@ -176,6 +183,8 @@ def check_report(report: dict) -> None:
             raise UserError(
                 f"{where}: the metric {odd[0]} is measured on one side only; dense and baselines need the same."
             )
+    for name, pairs in report.get("paired", {}).items():
+        _check_pairs(pairs, f"paired.{name}", name == "dense" or name in report["baselines"], report["compressed"])
     if not report["seeds"] or len(set(report["seeds"])) < len(report["seeds"]):
         raise UserError(f"seeds {report['seeds']}: one or more different seeds are needed.")
     for key in ("dense_bytes", "compressed_bytes", "parameters", "nonzero"):
@@ -247,6 +256,16 @@ def _check_metric(metric: dict, where: str, seeds: int) -> None:
         close &= math.isclose(spread, spread_of_values, rel_tol=1e-6, abs_tol=1e-12)
     if not close:
         raise UserError(f"{where}: value {value} ± {spread} is not the mean ± sample deviation of {values}.")
+
+
+def _check_pairs(pairs: dict, where: str, known: bool, compressed: dict) -> None:
+    if not known:
+        raise UserError(f"{where}: dense or one of the baselines is needed.")
+    for key, pair in pairs.items():
+        if key not in compressed:
+            raise UserError(f"{where}.{key}: no such metric was measured.")
+        if pair["n"] < 1 or (pair["error"] or 0.0) < 0:
+            raise UserError(f"{where}.{key}: 1 or more windows or items and no negative error are needed.")
 
 
 def _check_table(found: dict, where: str) -> None:

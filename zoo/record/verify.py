@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,23 @@ from huggingface_hub import metadata_load
 from torch import nn
 
 from ..errors import UserError
-from ..folder import INDEX, open_folder
+from ..folder import open_folder
 from ..layers.packing import filled_layer, row_bytes
+from ..tensors import INDEX
 from .card import metric_source, render_card
+from .format import FIDELITY, method_name
+from .measurements import FILE, Raw, paired_differences, read_measurements, seed_values
 from .migrate import RENAMED
 from .schema import read_report
 
 SIZE_TOLERANCE = 0.01  # relative; headers and padding
 PERPLEXITY_TOLERANCE = 0.01  # relative; same windows and dtype, so only the order of sums differs between machines
+WINDOW_TOLERANCE = 0.03  # absolute, in nats: of a single window's, or item's, log-likelihood
+KL_TOLERANCE = 0.03, 1e-4  # relative and absolute: a KL is the small rest of two large sums
+RAW_TOLERANCE = 1e-5  # relative: measurements.json has 7 digits
 FRACTION_TOLERANCE = 0.03  # absolute, or one item: the items are the same too, so only near ties flip
+QUANTILES = {"kl_median", "kl_p99"}  # their raw values are of windows, or of groups of items
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 NOT_HASHED = {"report.json", "README.md"}  # the report holds the hashes; the card is rendered from the report
 
 
@@ -66,7 +75,7 @@ def verify(folder: Path, measure: Callable[[Path, dict], dict[str, dict]] | None
         findings += [Finding(False, name, problem) for problem in problems]
         if not problems:
             findings.append(Finding(True, name, check.__doc__.splitlines()[0].rstrip(".")))
-    return findings + list(check_metrics(folder, report, measure))
+    return [*findings, *check_measurements(folder, report), *check_metrics(folder, report, measure)]
 
 
 # Each check yields one sentence per problem; its docstring says what holds when it yields none.
@@ -89,21 +98,35 @@ def check_card(folder: Path, report: dict) -> Iterator[str]:
 
 
 def check_old_card(card: list[str], rendered: list[str]) -> Iterator[str]:
-    """Of a card that an earlier version rendered, every line that holds a number is one that the report gives, and no row of
-    a table is missing; the order of its parts may be another one.
+    """Of a card that an earlier version rendered, the front matter, the rows of tables and the changes in verdicts are what
+    the report gives, no row is missing, and no sentence holds a number that the report does not give; the words of the
+    sentences, and the order of the parts, are those of then.
     """
     front = card.index("---", 1)
+    known, numbers = {comparable(line) for line in rendered}, set(NUMBER.findall("\n".join(rendered)))
     for number, line in enumerate(card):
-        told = number < front or line.startswith("|") or any(character.isdigit() for character in line)
         for old, new in RENAMED.items():
             line = line.replace(old, new)
-        if told and line not in rendered:
+        exact = number < front or line.startswith("|") or len(comparable(line)) > 1
+        if not (comparable(line) in known if exact else numbers.issuperset(NUMBER.findall(line))):
             yield f"README.md, line {number + 1} says {line!r}, which the report does not give"
             return
     for line in rendered:
         if line.startswith("|") and line not in card:
             yield f"README.md lacks the row {line!r}, which the report gives"
             return
+
+
+def comparable(line: str) -> tuple[str, ...]:
+    """A line of a card; a verdict as its parts, without the words better, worse and undecided, which earlier versions chose
+    by other rules.
+    """
+    head, against, told = line.partition(" against ")
+    if not (against and line.startswith("- ")):
+        return (line,)
+    told = re.sub(r"\b(better|worse|undecided) on |\.( No gain over it was measured\.)?$", "", told)
+    name, _, changes = told.partition(": ")
+    return head, name, *sorted(re.split(r"(?<=\))[,;] ", changes))
 
 
 def check_files(folder: Path, report: dict) -> Iterator[str]:
@@ -191,6 +214,54 @@ def check_sizes(folder: Path, report: dict) -> Iterator[str]:
         yield f"the weights files hold {on_disk:,} bytes, the report claims {claimed:,}"
 
 
+def check_measurements(folder: Path, report: dict) -> Iterator[Finding]:
+    """measurements.json gives the means, the values of the seeds and the paired differences that the report claims."""
+    if "paired" not in report and not (folder / FILE).exists():
+        yield Finding(True, "measurements", "none were kept: the report's differences are not paired")
+        return
+    try:
+        problems = list(measurement_problems(read_measurements(folder), report))
+    except UserError as error:
+        problems = [str(error)]
+    yield from (Finding(False, "measurements", problem) for problem in problems)
+    if not problems:
+        yield Finding(True, "measurements", check_measurements.__doc__.rstrip("."))
+
+
+def measurement_problems(variants: dict[str, dict[str, Raw]], report: dict) -> Iterator[str]:
+    own = method_name(report)
+    rows = {"dense": report["dense"], own: report["compressed"], **report["baselines"]}
+    if variants.keys() != rows.keys():
+        yield f"{FILE} is about {', '.join(variants)}, the report about {', '.join(rows)}"
+        return
+    for name, metrics in variants.items():
+        for key, raw in metrics.items():
+            if key not in rows[name]:
+                yield f"{FILE} has {key} of {name}, which the report does not claim"
+                continue
+            claimed = rows[name][key]
+            found, wanted = seed_values(raw, claimed["unit"]), claimed.get("values", [claimed["value"]])
+            if len(found) != len(wanted) or not all(map(near, found, wanted)):
+                yield f"{key} of {name} is {wanted} in the report, {FILE} gives {found}"
+            if claimed["n_of"] in ("windows", "items") and key not in QUANTILES and len(raw[0][0]) != claimed["n"]:
+                yield f"{key} of {name} is claimed of {claimed['n']} {claimed['n_of']}, {FILE} has {len(raw[0][0])}"
+    pairs, claims = paired_differences(variants, own), report.get("paired", {})
+    places = {(other, key) for side in (pairs, claims) for other in side for key in side[other]}
+    for other, key in sorted(places):
+        found, claimed = (side.get(other, {}).get(key) for side in (pairs, claims))
+        same = found is not None and claimed is not None and found["n"] == claimed["n"]
+        if not same or not all(near_or_none(found[part], claimed[part]) for part in ("difference", "error")):
+            yield f"{key} against {other}: the report claims {claimed}, {FILE} gives {found}"
+
+
+def near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=RAW_TOLERANCE, abs_tol=RAW_TOLERANCE * 1e-4)
+
+
+def near_or_none(a: float | None, b: float | None) -> bool:
+    return a is b if a is None or b is None else near(a, b)
+
+
 def check_metrics(folder: Path, report: dict, measure: Callable | None) -> Iterator[Finding]:
     """Measures the first seed's claims again: that seed's checkpoint is the one in the folder."""
     if measure is None:
@@ -201,8 +272,15 @@ def check_metrics(folder: Path, report: dict, measure: Callable | None) -> Itera
     except (OSError, ValueError, RuntimeError) as error:  # what a damaged checkpoint or a missing text gives
         yield Finding(False, "metrics", f"cannot be measured ({error})")
         return
+    try:
+        kept = read_measurements(folder).get(method_name(report), {})
+    except UserError:  # none, or a finding already
+        kept = {}
     for key, metric in report["compressed"].items():
         claim = metric.get("values", [metric["value"]])[0]
+        if key not in measured and key in FIDELITY:
+            yield Finding(True, key, "not measured again: the dense model is not at hand")
+            continue
         if key not in measured:
             yield Finding(False, key, f"claimed as {claim:.6g}, but was not measured again")
             continue
@@ -216,9 +294,22 @@ def check_metrics(folder: Path, report: dict, measure: Callable | None) -> Itera
         elif metric["unit"] == "fraction":
             tolerance = max(FRACTION_TOLERANCE, 1.5 / n)
             yield Finding(abs(value - claim) <= tolerance, key, f"claimed {claim:.4g}, measured {value:.4g}")
+        elif metric["unit"] == "kl":
+            relative, absolute = KL_TOLERANCE
+            ok = math.isclose(value, claim, rel_tol=relative, abs_tol=absolute)
+            yield Finding(ok, key, f"claimed {claim:.4g}, measured {value:.4g}")
         else:
             ok = math.isclose(value, claim, rel_tol=PERPLEXITY_TOLERANCE)
             yield Finding(ok, key, f"claimed {claim:.6g}, measured {value:.6g}")
+            if ok and metric["unit"] == "ppl" and key in kept and "raw" in measured[key]:  # the first seed's again
+                yield from check_windows(key, kept[key][0][0], measured[key]["raw"][0])
+
+
+def check_windows(key: str, claimed: list[float], found: list[float]) -> Iterator[Finding]:
+    """The mean log-likelihood of every window or item, which may be further off than their mean."""
+    for place, (a, b) in enumerate(zip(claimed, found, strict=False)):  # other numbers of them are findings already
+        if abs(a - b) > WINDOW_TOLERANCE:
+            yield Finding(False, key, f"of number {place}, {FILE} has {a:.6g} nats a token, measured {b:.6g}")
 
 
 # --------------------------------------------------------------------------------------------------------- reading

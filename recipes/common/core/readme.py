@@ -3,6 +3,7 @@
 python -m recipes.common.core.readme            render all
 python -m recipes.common.core.readme --check    only say whether something is out of date (exit code 1)
 python -m recipes.common.core.readme --take DIR first take over the report and plots of a finished run
+python -m recipes.common.core.readme --add DIR  first add the seeds of a finished run to the report that is there
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import sys
 from pathlib import Path
 
 from recipes.common.core import plots
+from recipes.common.core.merge import merge
 from recipes.common.core.report import as_text
 from recipes.common.core.state import write_text
 from zoo import registry
 from zoo.errors import UserError
-from zoo.record.card import render_card
+from zoo.record.card import render_card, returned
 from zoo.record.format import CARDS, base_link, format_bytes, format_metric, metric_title, table
+from zoo.record.measurements import FILE as MEASUREMENTS
+from zoo.record.measurements import read_measurements, write_measurements
 from zoo.record.schema import read_report
+from zoo.record.verify import hash_files
 from zoo.registry import Entry
 
 README = CARDS.parent / "README.md"
@@ -37,10 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something is out of date")
     parser.add_argument("--take", type=Path, metavar="DIR", help="a finished run whose report the zoo shall show")
+    parser.add_argument(
+        "--add", type=Path, metavar="DIR", help="a finished run at other seeds, for a report that is there"
+    )
     flags = parser.parse_args(arguments)
     try:
         if flags.take:
             take(flags.take)
+        if flags.add:
+            add(flags.add)
         stale = outdated()
         if flags.check:
             if stale:
@@ -57,15 +67,36 @@ def main(arguments: list[str] | None = None) -> None:
 def take(folder: Path) -> Path:
     """Copies report and plots of a run to the place of its entry in the zoo's table. Returns that folder."""
     report = read_report(folder / "report.json")
-    made = (report["recipe"], report["base_model"]["id"])
-    entry = next((entry for entry in registry.ENTRIES if (entry.recipe, entry.base) == made), None)
-    if entry is None:
-        raise UserError(
-            f"--take {folder}: zoo/registry.py has no entry of recipe {made[0]} and base {made[1]}; add one."
-        )
+    entry = entry_of(report, f"--take {folder}")
     shutil.copytree(folder / "plots", entry.folder / "plots", dirs_exist_ok=True)
+    if (folder / MEASUREMENTS).exists():  # older runs kept none
+        shutil.copy(folder / MEASUREMENTS, entry.folder)
     write_text(entry.folder / "report.json", as_text(report))
     return entry.folder
+
+
+def add(folder: Path) -> Path:
+    """Adds the seeds of a run to the report of its entry in the zoo's table. Returns that entry's folder."""
+    report = read_report(folder / "report.json")
+    place = entry_of(report, f"--add {folder}").folder
+    measured = [(read_report(where / "report.json"), read_measurements(where)) for where in (place, folder)]
+    try:
+        report, raw = merge(*measured)
+    except UserError as error:
+        raise UserError(f"--add {folder}: {error}") from None
+    write_measurements(raw, place)
+    plots.draw(report, place)
+    made = {name: digest for name, digest in hash_files(place).items() if name in report["files"]}
+    write_text(place / "report.json", as_text(report | {"files": report["files"] | made}))
+    return place
+
+
+def entry_of(report: dict, flag: str) -> Entry:
+    made = (report["recipe"], report["base_model"]["id"])
+    for entry in registry.ENTRIES:
+        if (entry.recipe, entry.base) == made:
+            return entry
+    raise UserError(f"{flag}: zoo/registry.py has no entry of recipe {made[0]} and base {made[1]}; add one.")
 
 
 def texts() -> dict[Path, str]:
@@ -116,7 +147,9 @@ def leaderboard() -> str:
         values = f"{format_metric(line['dense'])} → {format_metric(line['compressed'])}"
         bytes_ = f"{format_bytes(size['compressed_bytes'])} of {format_bytes(size['dense_bytes'])}"
         speed = f"{format_metric(line['speed'])} {line['speed_of']}" if line["speed"] else ""
-        card = f"[{entry.name}]({entry.folder.relative_to(README.parent).as_posix()}/README.md)"
+        card = (
+            f"[{entry.name}]({entry.folder.relative_to(README.parent).as_posix()}/README.md){returned(entry.report())}"
+        )
         rows.append([card, base, f"{metric_title(line['metric'])}: {values}", bytes_, speed, f"`{entry.command}`"])
     header = ["checkpoint", "base", "quality, dense → compressed", "weights", "speed", "built by"]
     shown = table(header, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from recipes.common.core.flags import check_flags
 from recipes.common.core.run import Run
 from recipes.common.export import export_as
 from zoo.errors import UserError
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from recipes.common.domains import Domain
 
 RUN_ONLY = ("output", "resume", "overwrite", "push_to_hub", "export", "workers")  # flags that do not change the weights
+
+LONGEST_OUTPUT = 120  # bytes of a name: a run puts longer ones beside it
+LARGEST_SEED = 2**62  # with those of --seeds it stays within 63 bits
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,23 @@ class Recipe:
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub model"})
     output: str | None = field(
-        default=None, metadata={"help": "checkpoint folder; it appears whole or not at all (default: runs/<recipe>)"}
+        default=None,
+        metadata={
+            "help": "checkpoint folder; it appears whole or not at all (default: runs/<recipe>)",
+            "longest": LONGEST_OUTPUT,
+        },
     )
-    seed: int = field(default=0, metadata={"help": "seed of calibration sampling and of the method"})
+    seed: int = field(
+        default=0,
+        metadata={"help": "seed of calibration sampling and of the method", "at_least": 0, "at_most": LARGEST_SEED},
+    )
     seeds: int = field(
         default=1,
-        metadata={"help": "measure with this many seeds (seed, seed+1, …); the checkpoint is the first one's"},
+        metadata={
+            "help": "measure with this many seeds (seed, seed+1, …); the checkpoint is the first one's",
+            "at_least": 1,
+            "at_most": 100,
+        },
     )
     device: str = field(default="cpu", metadata={"help": "cpu, cuda or cuda:N"})
     resume: bool = field(default=False, metadata={"help": "continue an interrupted run of the same settings"})
@@ -88,26 +102,15 @@ class Recipe:
         """What the model is made of and measured on."""
         raise NotImplementedError
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a flag that is out of the range of its field: such a recipe does not exist."""
+        check_flags(self)
+
     def check(self) -> None:
-        """Raises UserError for impossible flags."""
+        """Raises UserError for flags that are impossible together."""
 
     def check_base(self, run: Run) -> None:
         """Raises UserError where flags, base model and data do not go together."""
-
-    def at_least(self, **lowest: float) -> None:
-        """Raises UserError for a flag below its lowest value; None is left alone."""
-        for name, least in lowest.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise UserError(f"--{name} {value}: {least} or more is needed.")
-
-    def regexes(self, *names: str) -> None:
-        """Raises UserError for a flag that is no regular expression."""
-        for name in names:
-            try:
-                re.compile(getattr(self, name))
-            except re.error as error:
-                raise UserError(f"--{name} {getattr(self, name)}: no regular expression ({error}).") from None
 
     def baseline_names(self) -> list[str]:
         """Every name that --baselines takes, in the order of the report."""
@@ -164,14 +167,29 @@ class Recipe:
         raise NotImplementedError
         yield
 
+    def dense_seeds(self, run: Run) -> list[int]:
+        """The seeds that have a dense model of their own: where it is given, the first stands for all."""
+        return run.seeds[:1]
+
     def measure(self, run: Run, variant: str) -> list[dict[str, dict]]:
-        """The metrics of a variant, one dict a seed."""
-        return [run.measure(f"{variant}-{seed}", partial(self.open, run, variant, seed)) for seed in run.seeds]
+        """The metrics of a variant, one dict a seed; of the dense model one where it is the same for all."""
+        if variant == "dense":
+            return [run.measure_dense(seed) for seed in self.dense_seeds(run)]
+        opened = {seed: partial(self.open, run, variant, seed) for seed in run.seeds}
+        return [run.measure(f"{variant}-{seed}", opened[seed], seed=seed) for seed in run.seeds]
 
     @contextmanager
     def reopen(self, folder: Path) -> Iterator[nn.Module]:
         """The model of a finished checkpoint as it was measured: what `verify` measures again."""
         yield self.domain().load(folder)
+
+    def dense_at_hand(self, folder: Path, sha256: str) -> Path | None:
+        """The dense model that a finished checkpoint was compared with; None where it is not here, or is not that one."""
+        try:
+            base = self.domain().base
+        except (UserError, OSError):
+            return None
+        return base.path if base.sha256 == sha256 else None
 
     # -------------------------------------------------------------------------------------------------------- the report
 

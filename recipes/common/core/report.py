@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import resource
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +12,12 @@ import torch
 
 from recipes.common.core import plots
 from recipes.common.core.state import write_text
+from recipes.common.metrics.memory import peak_rss_bytes
 from recipes.common.metrics.metric import over_seeds
 from zoo.record.card import render_card
 from zoo.record.compare import compare, speed_verdict, verdicts
-from zoo.record.format import baseline_name, format_bytes, format_metric, format_time, method_name
+from zoo.record.format import FIDELITY, baseline_name, format_bytes, format_metric, format_time, method_name
+from zoo.record.measurements import paired_differences, write_measurements
 from zoo.record.schema import SCHEMA_VERSION, check_report
 from zoo.record.verify import hash_files
 
@@ -33,7 +33,7 @@ def build(
     recipe: Recipe,
     base_model: dict,
     data: dict,
-    dense: dict[str, dict],
+    dense: list[dict[str, dict]],
     compressed: list[dict[str, dict]],
     baselines: dict[str, list[dict[str, dict]]],
     size: dict,
@@ -49,23 +49,26 @@ def build(
 
     Args:
         base_model, data: what it was made from and measured on, as the domain gives them. size: of the checkpoint.
-        dense: {metric name: M}. compressed, baselines: one such dict per seed.
+        dense, compressed, baselines: {metric name: M}, one such dict per seed; of the dense model one where it is the same
+            for all. Their raw values are compared in pairs, and left out.
         speed: {"decode": {"ratio_to_dense_bf16": M, …}, "prefill": {…}}.
         layers: one row per packed matrix. seconds: of the whole run. notes: what a reader must know of it.
         samples: [{"prompt", "dense", "compressed"}], greedy generations.
-        findings: what else the method found out: "tables", "sweeps", "figures", "footprint", "settings" as in
+        findings: what else the method found out: "tables", "sweeps", "figures", "footprint", "settings", "same_as" as in
             zoo/record/schema.py, and more "notes".
     """
     findings = dict(findings or {})
+    raw = raw_values({"dense": dense, recipe.method: compressed, **baselines})
     report = {
         "schema_version": SCHEMA_VERSION,
         "recipe": recipe.name,
         "config": json.loads(json.dumps(recipe.settings())),
         "base_model": base_model,
         "data": data,
-        "dense": dense,
+        "dense": over_seeds(dense),
         "compressed": over_seeds(compressed),
         "baselines": {name: over_seeds(runs) for name, runs in baselines.items()},
+        "paired": paired_differences(raw, recipe.method),
         "size": size,
         "speed": speed,
         "cost": {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "device": device_name(recipe.device)},
@@ -79,6 +82,14 @@ def build(
     report |= findings
     check_report(report)
     return report
+
+
+def raw_values(variants: dict[str, list[dict[str, dict]]]) -> dict[str, dict[str, list]]:
+    """What measurements.json holds of {variant: metrics of each seed}: the metrics that have raw values for every seed."""
+    return {
+        name: {key: [run[key]["raw"] for run in runs] for key in runs[0] if all("raw" in run[key] for run in runs)}
+        for name, runs in variants.items()
+    }
 
 
 def merged(*parts: dict[str, dict]) -> dict[str, dict]:
@@ -118,24 +129,19 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 # ------------------------------------------------------------------------------------------------- showing and writing
 
 
 def render_table(report: dict) -> str:
-    """What a recipe prints last: models by metrics, each marked against dense, then sizes, speed and verdicts."""
+    """What a recipe prints last: models by metrics, marked with how the own one is to each, then sizes, speed, verdicts."""
     keys = list(report["compressed"])
     models = {"dense": report["dense"], method_name(report): report["compressed"], **report["baselines"]}
     rows = [["", *(f"{key} {'(up)' if report['dense'][key]['higher_is_better'] else '(down)'}" for key in keys)]]
     for name, metrics in models.items():
         cells = []
         for key in keys:
-            mark = "" if name == "dense" else MARKS[compare(report, key, metrics[key], report["dense"][key])]
+            own = metrics is report["compressed"] or (name == "dense" and key in FIDELITY)
+            mark = "" if own else MARKS[compare(report, key, name)]
             cells.append(f"{format_metric(metrics[key])} {mark:1}")
         rows.append([name, *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -144,9 +150,11 @@ def render_table(report: dict) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * max(len(line) for line in lines))
+    if report.get("same_as"):
+        lines.insert(0, f"what the method returned is a baseline: {', '.join(report['same_as'])}")
     size, cost = report["size"], report["cost"]
     lines += [
-        "against dense: + better, - worse, ~ undecided (nearer than two standard deviations)",
+        f"{method_name(report)} is + better, - worse than that row, ~ undecided (nearer than two standard errors)",
         "",
         *verdicts(report),
         f"size: {format_bytes(size['compressed_bytes'])} of {format_bytes(size['dense_bytes'])} dense "
@@ -164,9 +172,12 @@ def render_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def write(report: dict, folder: Path) -> dict:
-    """Puts plots, report.json and README.md into a checkpoint folder; returns the report with the files' hashes."""
+def write(report: dict, folder: Path, raw: dict[str, dict[str, list]]) -> dict:
+    """Puts plots, report.json, README.md and the raw values (`raw_values`) of what was measured into a checkpoint folder;
+    returns the report with the files' hashes.
+    """
     folder = Path(folder)
+    write_measurements(raw, folder)
     plots.draw(report, folder)
     report = report | {"files": hash_files(folder)}
     check_report(report)

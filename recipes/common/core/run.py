@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,17 +16,19 @@ from torch import nn
 
 from recipes.common.core import report as reports
 from recipes.common.core.state import (
+    PLACING,
     World,
     cached_json,
     check_device,
     check_resources,
+    discard,
+    names_in,
     open_state,
-    placed_by,
     refuse_existing,
     world,
     write_text,
 )
-from recipes.common.metrics.metric import over_seeds
+from recipes.common.metrics.fidelity import Reference
 from zoo.errors import UserError
 from zoo.record.card import method_file
 from zoo.record.hub import check_target, publish
@@ -62,15 +63,36 @@ class Run:
         """The JSON `name` of the state folder, made once, resumed or not."""
         return cached_json(self.state / f"{name}.json", make)
 
-    def measure(self, key: str, opened: Callable[[], AbstractContextManager[nn.Module]], **options) -> dict[str, dict]:
-        """The metrics of a model, measured once; `key` names it. options: of the domain's `metrics`."""
+    def measure(
+        self, key: str, opened: Callable[[], AbstractContextManager[nn.Module]], *, seed: int | None = None, **options
+    ) -> dict[str, dict]:
+        """The metrics of a model, measured once; `key` names it. seed: the dense model that it is compared with is that
+        seed's (default: the first's). options: of the domain's `metrics`.
+        """
 
         def make() -> dict:
+            reference = self.reference(seed)  # before the model is opened, which may change the dense one for a while
             print(f"measuring {key}", flush=True)
             with opened() as model:
-                return self.domain.metrics(model, **options)
+                return self.domain.metrics(model, reference, **options)
 
         return self.once(f"measured/{key}", make)
+
+    def measure_dense(self, seed: int) -> dict[str, dict]:
+        """The metrics of a seed's dense model, measured once; what it predicts stays for others to be compared with."""
+
+        def make() -> dict:
+            print(f"measuring dense-{seed}", flush=True)
+            with self.recipe.open(self, "dense", seed) as model:
+                return self.domain.metrics(model, Reference(self.state / "predictions" / str(seed), writing=True))
+
+        return self.once(f"measured/dense-{seed}", make)
+
+    def reference(self, seed: int | None = None) -> Reference:
+        """What the dense model of a seed predicts."""
+        seed = seed if seed in self.recipe.dense_seeds(self) else self.seeds[0]
+        self.measure_dense(seed)
+        return Reference(self.state / "predictions" / str(seed))
 
     def checkpoint(self, seed: int) -> Path:
         """The finished checkpoint of a seed, written on first use."""
@@ -86,24 +108,23 @@ def execute(recipe: Recipe) -> Path | None:
     Raises: UserError, before any work, for whatever can be known to be wrong then.
     """
     run = begin(recipe)
-    if was_placed(recipe):  # killed between its last move and the end
-        clean_up(recipe)
-        return recipe.output_path
     if recipe.dry_run:
         recipe.show_plan(run)
         return None
-    for seed in run.seeds:
-        recipe.produce(run, seed)
+    made = is_made(recipe)  # killed, or refused by the Hub, after all the work
+    run.processes.barrier()  # all have looked before the first one moves anything
+    if not made:
+        for seed in run.seeds:
+            recipe.produce(run, seed)
     if run.processes.rank == 0:
-        finish(run)
+        if not made:
+            finish(run)
+        put_into_place(recipe)
     return recipe.output_path
 
 
 def begin(recipe: Recipe) -> Run:
     """Every refusal, then the state folder."""
-    recipe.at_least(seeds=1)
-    if not -(2**63) <= recipe.seed < 2**63 - recipe.seeds:
-        raise UserError(f"--seed {recipe.seed}: a whole number of 63 bits is needed.")
     check_device(recipe.device)
     recipe.check()
     recipe.chosen_baselines()
@@ -115,32 +136,36 @@ def begin(recipe: Recipe) -> Run:
     if recipe.push_to_hub:
         check_target(recipe.push_to_hub)
     if not recipe.dry_run:
+        *beside, output = places(recipe).values()
         modes = {"resume": recipe.resume, "overwrite": recipe.overwrite}
-        refuse_existing(recipe.output_path, recipe.state_path, [named(recipe, end) for end in recipe.beside()], **modes)
+        refuse_existing(output, recipe.state_path, beside, **modes)
     torch.manual_seed(recipe.seed)
     processes = world(recipe.device)
     run = recipe.run_type(recipe, recipe.domain(), processes)
     run.domain.check()
     recipe.check_base(run)
     if processes.rank == 0 and not recipe.dry_run:
-        check_resources(*recipe.needs(run), recipe.output_path.absolute())
+        ram, disk, minutes = recipe.needs(run)
+        check_resources(ram, disk + run.domain.prediction_bytes, minutes, recipe.output_path.absolute())
         run.domain.check_weights()
-        open_state(run.state, recipe.settings(), run.domain.pins(), resume=recipe.resume)
+        overwrites = list(places(recipe).values()) if recipe.overwrite else []
+        open_state(run.state, recipe.settings(), run.domain.pins(), resume=recipe.resume, overwrites=overwrites)
     processes.barrier()
     return run
 
 
 def finish(run: Run) -> None:
-    """From what was produced to the output: it appears whole, and what belongs beside it just before."""
+    """From what was produced to all that the run leaves, finished in the state folder; the last file there says so."""
     recipe, folder = run.recipe, run.checkpoint(run.seeds[0])
     measured = {variant: recipe.measure(run, variant) for variant in recipe.variants(run)}
+    raw = reports.raw_values(measured)
     dense, own = measured.pop("dense"), measured.pop(recipe.method)
     speed = run.once("measured/speed", lambda: recipe.speed(run, folder))
     report = reports.build(
         recipe=recipe,
         base_model=recipe.base_row(run),
         data=run.domain.data_rows(dense[0]),
-        dense=over_seeds(dense),
+        dense=dense,
         compressed=own,
         baselines=measured,
         size=recipe.sizes(run, folder),
@@ -151,34 +176,22 @@ def finish(run: Run) -> None:
         notes=run.domain.notes,
         findings=recipe.findings(run),
     )
-    reports.write(report, folder)
+    reports.write(report, folder, raw)
     print(reports.render_table(report))
-    beside = recipe.beside()
-    for ending, write in beside.items():
-        made = run.state / "beside" / f"output{ending}"
+    for ending, write in recipe.beside().items():
+        made = made_beside(recipe, ending)
         if not made.exists():
             made.parent.mkdir(exist_ok=True)
             write(run, made)
-    for leftover in folder.glob(".*.part"):  # of a run that was killed while it wrote
+    for leftover in folder.rglob(".*.part"):  # of a run that was killed while it wrote
         leftover.unlink()
-    places = {run.state / "beside" / f"output{ending}": named(recipe, ending) for ending in beside}
-    places[folder] = recipe.output_path
-    write_text(run.state / "placed.json", json.dumps([str(path) for path in places.values()]))
-    for made, place in places.items():
-        replace(made, place)
-    clean_up(recipe)
+    write_text(run.state / PLACING, json.dumps([place.name for place in places(recipe).values()]))
 
 
-def was_placed(recipe: Recipe) -> bool:
-    """Whether a resumed run had put everything into place already."""
-    placed = str(recipe.output_path) in placed_by(recipe.state_path)
-    return placed and recipe.resume and not (recipe.state_path / f"checkpoint-{recipe.seed}").exists()
-
-
-def clean_up(recipe: Recipe) -> None:
-    shutil.rmtree(recipe.state_path)
-    if recipe.push_to_hub:
-        print(publish(recipe.output_path, recipe.push_to_hub))
+def places(recipe: Recipe) -> dict[Path, Path]:
+    """{what a run makes in its state folder: its place}, the output last."""
+    found = {made_beside(recipe, ending): named(recipe, ending) for ending in recipe.beside()}
+    return found | {recipe.state_path / f"checkpoint-{recipe.seed}": recipe.output_path}
 
 
 def named(recipe: Recipe, ending: str) -> Path:
@@ -186,8 +199,25 @@ def named(recipe: Recipe, ending: str) -> Path:
     return recipe.output_path.with_name(recipe.output_path.name + ending)
 
 
-def replace(source: Path, target: Path) -> None:
-    """Moves a finished file or folder to its place, over what is there."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
+def made_beside(recipe: Recipe, ending: str) -> Path:
+    return recipe.state_path / "beside" / f"output{ending}"
+
+
+def is_made(recipe: Recipe) -> bool:
+    """Whether a resumed run had all of this finished already, and some of it perhaps in its place."""
+    wanted = places(recipe)
+    finished = names_in(recipe.state_path / PLACING) == [place.name for place in wanted.values()]
+    return finished and all(made.exists() or place.exists() for made, place in wanted.items())
+
+
+def put_into_place(recipe: Recipe) -> None:
+    """Moves what is finished to its place, publishes it, and only then forgets how it was made: a kill or a failed
+    upload is finished by --resume.
+    """
+    for made, place in places(recipe).items():
+        if made.exists():
+            discard(place)
+            made.replace(place)
+    if recipe.push_to_hub:
+        print(publish(recipe.output_path, recipe.push_to_hub))
+    discard(recipe.state_path)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ import yaml
 from accelerate import PartialState
 
 from zoo.errors import UserError
+from zoo.folder import atomic_folder
 
 
 def module_seed(seed: int, name: str) -> int:
@@ -34,6 +35,22 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def discard(path: Path) -> None:
+    """Removes a file or folder, if there is one: at `path` it is whole or gone, whenever this is interrupted."""
+    leftover = path.with_name(f".{path.name}.discarded")
+    _remove(leftover)  # of a removal that was interrupted
+    if os.path.lexists(path):
+        path.replace(leftover)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def cached_json(path: Path, make: Callable[[], dict]) -> dict:
     """The JSON at `path`, made once: what a resumed run has measured already is not measured again."""
     if not path.exists():
@@ -42,78 +59,90 @@ def cached_json(path: Path, make: Callable[[], dict]) -> dict:
     return json.loads(path.read_text())
 
 
-def read_yaml(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not a YAML file ({error}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: a YAML mapping of flags is needed.")
-    return values
-
-
 # -------------------------------------------------------------------------------------------------------- state folder
+
+
+RECORDED = ("recipe.yaml", "inputs.json")  # what makes a folder the state of a run: its settings, and what it reads
+OVERWRITES, PLACING = "overwrites.json", "placing.json"  # names of what a run may replace, and of what it is placing
+
+
+def is_unfinished(state: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    return all((state / name).is_file() for name in RECORDED)
+
+
+def names_in(file: Path) -> list[str]:
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is at `path`, other than an empty folder."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 def refuse_existing(output: Path, state: Path, beside: list[Path], *, resume: bool, overwrite: bool) -> None:
     """Raises UserError, before any work, for an output, a neighbour of it or a state that is in the way, and for a place
-    that cannot be written. What an interrupted run had put into place already is in nobody's way when it is resumed.
+    that cannot be written. What an interrupted run was allowed to replace, or had put into place already, is in nobody's
+    way when it is resumed.
     """
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"--output {output}: {folder} cannot be written; name a writable folder.")
-    unfinished = (state / "recipe.yaml").exists()
-    placed = placed_by(state) if resume and unfinished else []
     if overwrite:
         return
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]) and str(output) not in placed:
-        raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
+    unfinished = is_unfinished(state)
     if unfinished and not resume:
         raise UserError(f"{state} holds an unfinished run; pass --resume to continue it or --overwrite to restart.")
-    if not unfinished and state.exists() and any(state.iterdir() if state.is_dir() else [state]):
+    if not unfinished and is_there(state):
         raise UserError(f"{state}: it exists and is no unfinished run; remove it or name another --output.")
+    allowed = [name for file in (OVERWRITES, PLACING) for name in names_in(state / file)]
+    if is_there(output) and output.name not in allowed:
+        raise UserError(f"--output {output}: it exists; pass --overwrite to replace it or name another folder.")
     for path in beside:
-        if path.exists() and str(path) not in placed:
+        if os.path.lexists(path) and path.name not in allowed:
             raise UserError(
                 f"{path}: it exists, and the run writes there; pass --overwrite to replace it or name another --output."
             )
 
 
-def placed_by(state: Path) -> list[str]:
-    """What a run had begun to put into place when it was interrupted: its neighbours, and last its output."""
-    file = state / "placed.json"
-    return json.loads(file.read_text()) if file.exists() else []
-
-
-def open_state(state: Path, settings: dict, pins: dict[str, str], *, resume: bool) -> None:
+def open_state(
+    state: Path, settings: dict, pins: dict[str, str], *, resume: bool, overwrites: Sequence[Path] = ()
+) -> None:
     """Creates or, with `resume`, reopens the state folder of a run; what is there otherwise may go (`refuse_existing`).
 
-    pins: {what the run reads: its sha256}, recorded when it starts. Raises: UserError for a state of other settings, or of
-    inputs that have changed since.
+    It appears with all that it must hold, and goes at once, so that a kill leaves a whole one or none.
+
+    pins: {what the run reads: its sha256}, recorded when it starts. overwrites: what --overwrite allows to replace; the run
+    remembers it, so that --resume alone goes on. Raises: UserError for a state of other settings, or of inputs that have
+    changed since.
     """
-    recorded = state / "recipe.yaml"
-    if resume and recorded.exists():
-        old = yaml.safe_load(recorded.read_text())
-        changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
-        if changed:
-            raise UserError(f"--resume: {state} was made with other values of {', '.join(changed)}; use those again.")
-    else:
+    if not (resume and is_unfinished(state)):
         try:
-            if state.exists():
-                shutil.rmtree(state)  # asked for by --overwrite, or empty
-            state.mkdir(parents=True)
-            write_text(recorded, yaml.safe_dump(settings, sort_keys=False))
+            discard(state)
         except OSError as error:
             raise UserError(
                 f"--output: {state} cannot be written ({error.strerror}); name a writable folder."
             ) from None
-    pinned = cached_json(state / "inputs.json", lambda: pins)
+        with atomic_folder(state) as folder:
+            write_text(folder / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
+            write_text(folder / "inputs.json", json.dumps(pins))
+            write_text(folder / OVERWRITES, json.dumps([path.name for path in overwrites]))
+    try:
+        old, pinned = (
+            yaml.safe_load((state / "recipe.yaml").read_text()),
+            json.loads((state / "inputs.json").read_text()),
+        )
+        changed = sorted(key for key in old.keys() | settings.keys() if old.get(key) != settings.get(key))
+    except (ValueError, AttributeError, yaml.YAMLError):
+        raise UserError(f"--resume: {state} is damaged; pass --overwrite to restart.") from None
+    if changed:
+        raise UserError(f"--resume: {state} was made with other values of {', '.join(changed)}; use those again.")
     if changed := sorted(key for key in pins if pinned.get(key) != pins[key]):
         raise UserError(
             f"--resume: the {', '.join(changed)} changed since {state} was begun; pass --overwrite to restart."
         )
+    allowed = dict.fromkeys([*names_in(state / OVERWRITES), *(path.name for path in overwrites)])
+    write_text(state / OVERWRITES, json.dumps(list(allowed)))
 
 
 def check_device(device: str) -> None:
@@ -131,19 +160,26 @@ def check_device(device: str) -> None:
 
 def check_resources(ram_bytes: float, disk_bytes: float, minutes: float, folder: Path) -> None:
     """Prints what the run needs, and refuses early what cannot fit."""
-    import psutil
-
     folder = next(place for place in (folder, *folder.parents) if place.exists())
-    ram, disk = psutil.virtual_memory().available, shutil.disk_usage(folder).free
-    print(f"needs about {ram_bytes / 2**30:.1f} GiB RAM, {disk_bytes / 2**30:.1f} GiB disk, {minutes:.0f} minutes")
-    if ram_bytes > ram:
-        raise UserError(
-            f"about {ram_bytes / 2**30:.1f} GiB of memory are needed, {ram / 2**30:.1f} GiB are free; lower --nsamples."
-        )
+    disk, unit = shutil.disk_usage(folder).free, "minute" if round(minutes) == 1 else "minutes"
+    print(f"needs about {ram_bytes / 2**30:.1f} GiB RAM, {disk_bytes / 2**30:.1f} GiB disk, {minutes:.0f} {unit}")
+    check_memory(ram_bytes)
     if disk_bytes > disk:
         raise UserError(
             f"about {disk_bytes / 2**30:.1f} GiB of disk are needed, {disk / 2**30:.1f} GiB are free; choose another"
             " --output."
+        )
+
+
+def check_memory(needed: float) -> None:
+    """Raises UserError for more bytes than are free."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB are free; lower --nsamples,"
+            " --batch_size or --image_size, whichever this recipe has."
         )
 
 

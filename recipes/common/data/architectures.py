@@ -20,6 +20,7 @@ IMAGENET_RESNETS = {  # depth: (kind of block, blocks of each stage, width of th
     101: ("bottleneck", [3, 4, 23, 3], 256),
 }
 SMALL_IMAGE = 64  # pixels up to which MobileNetV2 does not halve the image twice at its start
+LARGEST_DEPTH, LARGEST_WIDTH, LARGEST_MULTIPLIER = 1202, 1024, 16  # beyond them a name is a slip of the pen
 KNOWN = (
     "resnet-N (N = 6n + 2, for small images) and resnet-N-W of another width, resnet-18, -34, -50, -101, wrn-50-2,"
     " vgg-11, -13, -16, -19 (for small images), mobilenet-v2 and mobilenet-v2-W of W times the width, a folder or a Hub id"
@@ -45,23 +46,28 @@ def architecture(name: str, num_labels: int, image_size: int):
     """The config of `fresh_model`."""
     if name == "wrn-50-2":
         return _imagenet_resnet(50, num_labels, image_size, reduction=2)
+    unknown = UserError(f"--model {name}: there is no such depth or width; known are {KNOWN}.")
     found = re.fullmatch(r"vgg-(\d+)", name)
-    if found and int(found[1]) in DEPTHS:
+    if found:
+        if int(found[1]) not in DEPTHS:
+            raise unknown
         return cifar_vgg_config(int(found[1]), num_labels, image_size)
     found = re.fullmatch(r"mobilenet-v2(?:-(\d*\.?\d+))?", name)
-    if found and float(found[1] or 1) > 0:
+    if found:
+        if not 0 < float(found[1] or 1) <= LARGEST_MULTIPLIER:
+            raise unknown
         return _mobilenet_v2(float(found[1] or 1), num_labels, image_size)
     found = re.fullmatch(r"resnet-(\d+)(?:-(\d+))?", name)
     if found:
         depth, width = int(found[1]), int(found[2] or 16)
         if depth in IMAGENET_RESNETS and not found[2]:
             return _imagenet_resnet(depth, num_labels, image_size)
-        if depth % 6 == 2 and depth >= 8 and width >= 1:
+        if depth % 6 == 2 and 8 <= depth <= LARGEST_DEPTH and 1 <= width <= LARGEST_WIDTH:
             return cifar_resnet_config(depth, width, num_labels, image_size)
-        raise UserError(f"--model {name}: there is no such depth; known are {KNOWN}.")
+        raise unknown
     try:
         stock = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
+    except Exception:  # a file of nonsense fails in many ways
         raise UserError(f"--model {name}: no such architecture; known are {KNOWN}.") from None
     model_class = slim_class_for(stock.model_type.removeprefix("slim_"), "AutoModelForImageClassification")
     settings = {key: value for key, value in stock.to_dict().items() if key not in ("model_type", "architectures")}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from filelock import FileLock
 from huggingface_hub import metadata_load, snapshot_download
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from recipes.common.core.flags import first_line
 from recipes.common.data.assets import ASSETS, asset_path, cache_folder
 from zoo.errors import UserError
 from zoo.folder import atomic_folder, open_folder
@@ -135,15 +137,22 @@ def _describe(
             f"--model {name}: model_type {model_type!r} is unknown to this transformers; update it or name another"
             " model (code from a model's folder is never run)."
         )
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures and all(isinstance(n, str) for n in architectures)):
+        raise UserError(
+            f"--model {name}: its config.json names no architectures, so nobody knows what its head is; add a line such as"
+            ' "architectures": ["LlamaForCausalLM"].'
+        )
     parameters = sum(math.prod(source.tensors.shape(key)) for key in source.tensors)
     if packed:
         parameters = source.sizes()["parameters"]
     return BaseModel(
-        name, folder, revision, _hash(source.files), parameters, license or _license(folder), model_type, notes
+        name, folder, revision, hash_weights(source.files), parameters, license or _license(folder), model_type, notes
     )
 
 
-def _hash(files: list[Path]) -> str:
+def hash_weights(files: list[Path]) -> str:
+    """`BaseModel.sha256` of weights files in name order."""
     lines = []
     for file in tqdm(files, desc="hashing weights", unit="file", leave=False, delay=2):
         with file.open("rb") as stream:
@@ -167,6 +176,76 @@ def check_finite(folder: Path) -> None:
         tensor = tensors[name]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{folder}: the weight {name} holds NaN or Inf; such a model cannot be compressed.")
+
+
+def check_shapes(folder: Path, auto_class: str) -> None:
+    """Raises UserError, from the headers of the files, unless they hold every weight of such a model in its shape."""
+    source = open_folder(folder)
+    if source.auto_class != auto_class:
+        raise UserError(f"{folder}: models of {source.config['architectures']} are no {auto_class}, which is needed.")
+    try:
+        model = source.empty_model
+    except UserError:
+        raise
+    except Exception as error:  # sizes that do not go together fail wherever they meet first
+        raise UserError(
+            f"{folder}: its config.json describes no model that can be built ({first_line(error)})."
+        ) from None
+    for name, tensor in model.state_dict().items():
+        if name not in source.tensors:
+            if name not in model.all_tied_weights_keys:
+                raise UserError(f"{folder}: the weight {name} is missing; the folder is not a complete model.")
+        elif source.tensors.shape(name) != list(tensor.shape):
+            raise UserError(
+                f"{folder}: the weight {name} has shape {source.tensors.shape(name)}, the config asks for"
+                f" {list(tensor.shape)}; the folder is damaged."
+            )
+
+
+def check_loads(folder: Path, auto_class: str) -> None:
+    """As `check_shapes`, by loading the model: some families are stored under other names than they have in memory."""
+    source = open_folder(folder)
+    if source.auto_class != auto_class:
+        raise UserError(f"{folder}: models of {source.config['architectures']} are no {auto_class}, which is needed.")
+    try:
+        _, found = getattr(transformers, auto_class).from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{folder}: no model can be loaded from it ({first_line(error)}).") from None
+    for name in sorted(found["missing_keys"]):
+        raise UserError(f"{folder}: the weight {name} is missing; the folder is not a complete model.")
+    for name, stored, wanted in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{folder}: the weight {name} has shape {list(stored)}, the config asks for {list(wanted)}; the folder is"
+            " damaged."
+        )
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a model folder. Raises: UserError if there is none that can be read, or it makes no tokens."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("A few words.", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # every kind of tokenizer raises what it likes
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise UserError(
+            f"{folder} holds no tokenizer that can be read ({reason}); save the model's own there."
+        ) from None
+    if not ids or set(ids) == {tokenizer.unk_token_id}:
+        raise UserError(
+            f"{folder}: its tokenizer knows no words, as one without files does; save the model's own there."
+        )
+    return tokenizer
+
+
+def check_vocabulary(config, windows: Iterable[Tensor], model: str) -> None:
+    """Raises UserError if tokens of the windows (N, T) have no row in the model's embedding."""
+    size, largest = config.get_text_config().vocab_size, max(int(rows.max()) for rows in windows)
+    if largest >= size:
+        raise UserError(f"--model {model}: its tokenizer gives the token {largest}, the model knows {size:,} of them.")
 
 
 # ---------------------------------------------------------------------------------------------------- offline aliases

@@ -13,8 +13,9 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 from transformers import ConvNextImageProcessorPil
 
+from recipes.common.core.flags import first_line
 from recipes.common.core.state import module_seed
-from recipes.common.data.images import ImageData
+from recipes.common.data.images import SAMPLED, ImageData
 from zoo.errors import UserError
 
 IN_MEMORY = 512 << 20  # bytes of decoded images that one split may hold; larger splits are decoded again and again
@@ -136,6 +137,10 @@ class ImageTensors(torch.utils.data.Dataset):
             views = torch.stack([crop_and_mirror(image, self.size, generator) for image in self._images(rows)])
         return views.float() / 255
 
+    def check(self) -> None:
+        """Decodes what stays in memory then, or else some. Raises: UserError for an image that cannot be decoded."""
+        self._views(list(range(0, len(self), max(1, len(self) // SAMPLED))))
+
     def _views(self, rows: list[int]) -> Tensor:
         """(B, 3, H, W) uint8 as evaluated, from memory if all of them fit there."""
         if len(self) * 3 * math.prod(self.size) > IN_MEMORY:
@@ -151,8 +156,10 @@ class ImageTensors(torch.utils.data.Dataset):
     def _images(self, rows: list[int]) -> list[Image.Image]:
         try:
             return [image.convert("RGB") for image in self.dataset[rows]["image"]]
-        except OSError as error:
-            raise UserError(f"An image in rows {rows[0]} to {rows[-1]} cannot be decoded ({error}).") from None
+        except Exception as error:  # Pillow raises many kinds, SyntaxError for a broken PNG among them
+            if len(rows) > 1:
+                return [image for row in rows for image in self._images([row])]  # which one is it?
+            raise UserError(f"--dataset: image {rows[0]} of a split cannot be decoded ({first_line(error)}).") from None
 
     def _process(self, images: list[Image.Image]) -> Tensor:
         return self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from recipes.common.core.flags import first_line
 from recipes.common.data.assets import ASSETS, asset_path, cache_folder
 from zoo.errors import UserError
 
@@ -217,13 +218,15 @@ def _load_foreign(name: str, config: str | None, asked: dict[str, str | None], l
             raise UserError(f"--{use}-split {split}: {name} has {', '.join(there)}.")
     named = [split for split in asked.values() if split is not None]
     if len(set(named)) < len(named):
-        raise UserError(f"--data {name}: {', '.join(named)} are named for different uses; different splits are needed.")
+        raise UserError(
+            f"--dataset {name}: {', '.join(named)} are named for different uses; different splits are needed."
+        )
 
     train = _labelled(_load_split(name, config, asked["train"], revision), name, label_column)
     classes = train.features["label"].names
     _refuse_unlabelled(train, name, asked["train"])
     if len(set(train["label"][:])) < 2:
-        raise UserError(f"--data {name}: its training images are of one class; at least two are needed.")
+        raise UserError(f"--dataset {name}: its training images are of one class; at least two are needed.")
 
     splits, sources = {"train": train}, {"train": asked["train"]}
     for use, usual in (("test", ("test", *VALIDATION_NAMES)), ("validation", VALIDATION_NAMES)):
@@ -239,7 +242,7 @@ def _load_foreign(name: str, config: str | None, asked: dict[str, str | None], l
             splits["train"], splits[use] = _carve(splits["train"], HELD_OUT, use)
             sources[use] = f"a tenth of {asked['train']}"
             if not len(splits[use]):
-                raise UserError(f"--data {name}: too few training images to hold some out; name a --{use}-split.")
+                raise UserError(f"--dataset {name}: too few training images to hold some out; name a --{use}-split.")
     version = ", ".join([facts.pop("version"), *(f"{use}: {source}" for use, source in sources.items())])
     size = facts.pop("size") or train.info.dataset_size
     return ImageData(name, version, size=size, classes=classes, image_size=_side(train), **facts, **splits)
@@ -260,7 +263,7 @@ def _describe(name: str, config: str | None) -> tuple[dict, str | None, list[str
     except Exception as error:  # datasets and the Hub raise many kinds; all mean that the data cannot be had
         reason = " ".join((str(error) or type(error).__name__).split())
         raise UserError(
-            f"--data {name}: not one of {', '.join(PACKAGED)}, no folder of images or Parquet files, and no Hub data set"
+            f"--dataset {name}: not one of {', '.join(PACKAGED)}, no folder of images or Parquet files, and no Hub data set"
             f" that can be read ({reason[:300]})."
         ) from None
     license = info.card_data.get("license") if info.card_data else None
@@ -286,7 +289,7 @@ def _load_split(name: str, config: str | None, split: str, revision: str | None)
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # as in _describe
         reason = " ".join((str(error) or type(error).__name__).split())
-        raise UserError(f"--data {name}: its split {split} cannot be read ({reason[:300]}).") from None
+        raise UserError(f"--dataset {name}: its split {split} cannot be read ({reason[:300]}).") from None
 
 
 def _labelled(dataset: Dataset, name: str, label_column: str | None, train: Dataset | None = None) -> Dataset:
@@ -294,12 +297,12 @@ def _labelled(dataset: Dataset, name: str, label_column: str | None, train: Data
     features = dataset.features
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
     if not images:
-        raise UserError(f"--data {name}: no column holds images; there are {', '.join(features)}.")
+        raise UserError(f"--dataset {name}: no column holds images; there are {', '.join(features)}.")
     labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     labels = labels or [column for column in ("label", "labels") if column in features]
     if label_column is None and len(labels) != 1:
         found = f"the columns {', '.join(labels)} are" if labels else f"none of {', '.join(features)} is"
-        raise UserError(f"--data {name}: {found} of class labels; name one with --label-column.")
+        raise UserError(f"--dataset {name}: {found} of class labels; name one with --label-column.")
     column = label_column or labels[0]
     if column not in features or column in images:
         raise UserError(f"--label-column {column}: {name} has {', '.join(c for c in features if c not in images)}.")
@@ -307,7 +310,7 @@ def _labelled(dataset: Dataset, name: str, label_column: str | None, train: Data
     if not isinstance(dataset.features["label"], ClassLabel):
         dataset = _number_classes(dataset, name, column, train)
     if train is not None and dataset.features["label"].names != train.features["label"].names:
-        raise UserError(f"--data {name}: its splits have different classes; the same ones are needed.")
+        raise UserError(f"--dataset {name}: its splits have different classes; the same ones are needed.")
     return dataset
 
 
@@ -315,10 +318,12 @@ def _number_classes(dataset: Dataset, name: str, column: str, train: Dataset | N
     """Labels that are words or whole numbers, as numbers of the sorted classes of the training images."""
     values = set(dataset["label"][:])
     if not all(isinstance(value, str | int) for value in values):
-        raise UserError(f"--data {name}: the column {column} has to hold one word or whole number for every image.")
+        raise UserError(f"--dataset {name}: the column {column} has to hold one word or whole number for every image.")
     names = [str(v) for v in sorted(values)] if train is None else train.features["label"].names
     if unknown := sorted({str(value) for value in values} - set(names)):
-        raise UserError(f"--data {name}: no training image is of class {unknown[0]}; the splits need the same classes.")
+        raise UserError(
+            f"--dataset {name}: no training image is of class {unknown[0]}; the splits need the same classes."
+        )
     dataset = dataset.cast_column("label", datasets.Value("string"))
     return dataset.cast_column("label", ClassLabel(names=names))
 
@@ -330,12 +335,15 @@ def _is_labelled(dataset: Dataset) -> bool:
 
 def _refuse_unlabelled(dataset: Dataset, name: str, split: str) -> None:
     if not _is_labelled(dataset):
-        raise UserError(f"--data {name}: images of its split {split} have no label; name another split.")
+        raise UserError(f"--dataset {name}: images of its split {split} have no label; name another split.")
 
 
 def _side(dataset: Dataset) -> int:
     """The side of the images if all are squares of one size, judging by some of them, else `LARGEST_SIDE`."""
     step = max(len(dataset) // SAMPLED, 1)
-    sizes = {dataset[place]["image"].size for place in range(0, len(dataset), step)}
+    try:
+        sizes = {dataset[place]["image"].size for place in range(0, len(dataset), step)}
+    except Exception as error:  # Pillow raises many kinds, SyntaxError for a broken PNG among them
+        raise UserError(f"--dataset: one of its training images cannot be decoded ({first_line(error)}).") from None
     width, height = sizes.pop()
     return min(width, LARGEST_SIDE) if not sizes and width == height else LARGEST_SIDE

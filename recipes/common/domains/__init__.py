@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from recipes.common.metrics.fidelity import Reference
+
 
 @dataclass
 class Domain(ABC):
@@ -59,8 +61,19 @@ class Domain(ABC):
         """The mean loss of a batch, a scalar; differentiable."""
 
     @abstractmethod
-    def metrics(self, model: nn.Module) -> dict[str, dict]:
-        """What a report claims of a model, measured on data that nothing was calibrated or trained on."""
+    def metrics(self, model: nn.Module, reference: Reference | None = None) -> dict[str, dict]:
+        """What a report claims of a model, measured on data that nothing was calibrated or trained on; with a reference
+        also how near its predictions are to the dense model's (`fidelity`).
+        """
+
+    @abstractmethod
+    def predictions(self, model: nn.Module, folder: Path) -> Reference:
+        """What the dense model predicts on that data, put into an empty folder."""
+
+    @property
+    @abstractmethod
+    def prediction_bytes(self) -> int:
+        """Of the dense predictions on disk, at most."""
 
     @abstractmethod
     def speed(self, dense: Path, packed: Path) -> dict[str, dict[str, dict]]:

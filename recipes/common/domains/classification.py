@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +18,15 @@ from transformers.trainer_utils import EvalPrediction
 
 from recipes.common.core.recipe import Recipe
 from recipes.common.data.architectures import fresh_model
-from recipes.common.data.base_models import BaseModel, check_finite, resolve_model
+from recipes.common.data.base_models import BaseModel, check_finite, check_loads, hash_weights, resolve_model
 from recipes.common.data.image_batches import ImageTensors, make_processor
 from recipes.common.data.images import ImageData, load_images, training_subset
 from recipes.common.domains import Domain
-from recipes.common.metrics.images import METRICS, check_metrics, evaluation_rows, measure_images
+from recipes.common.metrics.fidelity import Reference
+from recipes.common.metrics.images import METRICS, check_metrics, evaluation_rows, measure_images, predict
 from recipes.common.metrics.speed import ratio
 from zoo.errors import UserError
+from zoo.folder import open_folder
 from zoo.models import slim_class_for
 
 SPEED_BATCHES = (1, 32)
@@ -51,13 +52,25 @@ class ClassificationRecipe(Recipe):
     )
     test_split: str | None = field(default=None, metadata={"help": "split to measure on (default: test)"})
     label_column: str | None = field(default=None, metadata={"help": "column of the labels, if there are several"})
-    image_size: int | None = field(default=None, metadata={"help": "side of the model's input (default: the images')"})
-    train_items: int | None = field(default=None, metadata={"help": "train on this many images only"})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "side of the model's input (default: the images')", "at_least": 1, "at_most": 1024},
+    )
+    train_items: int | None = field(
+        default=None, metadata={"help": "train on this many images only", "at_least": 1, "at_most": 10**9}
+    )
     eval: list[str] = field(default_factory=lambda: ["accuracy", "nll", "ece"], metadata={"help": ", ".join(METRICS)})
-    attacked: int = field(default=500, metadata={"help": "test images that fgsm and pgd attack, evenly spread"})
+    attacked: int = field(
+        default=500,
+        metadata={"help": "test images that fgsm and pgd attack, evenly spread", "at_least": 1, "at_most": 10**6},
+    )
     seeds: int = field(
         default=3,
-        metadata={"help": "measure with this many seeds (seed, seed+1, …); the checkpoint is the first one's"},
+        metadata={
+            "help": "measure with this many seeds (seed, seed+1, …); the checkpoint is the first one's",
+            "at_least": 1,
+            "at_most": 100,
+        },
     )
 
     def domain(self) -> Domain:
@@ -132,14 +145,17 @@ class Classification(Domain):
 
     def check(self) -> None:
         check_metrics(self.settings["eval"])
-        for name in ("attacked", "train_items", "image_size"):
-            value = self.settings[name]
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: 1 or more is needed.")
+        if self.settings["revision"] is not None and not self.pretrained:
+            raise UserError(
+                f"--revision {self.settings['revision']}: of --model {self.settings['model']} only the shape is taken, the"
+                " weights are trained; leave it out."
+            )
         self.training  # noqa: B018 (read now, not after the work)
         if self.base:
             slim_class_for(self.base.model_type, self.auto_class)  # a family that no checkpoint can be written for
-            self.processor  # noqa: B018
+            check_loads(self.base.path, self.auto_class)
+        for images in (self.train_images, self.validation, ImageTensors(self.data.test, self.processor)):
+            images.check()
 
     def pins(self) -> dict[str, str]:
         images = {"images": self.data.sha256 or self.data.version}
@@ -168,7 +184,7 @@ class Classification(Domain):
         return {
             "id": f"{self.settings['model']} on {self.settings['dataset']}",
             "revision": None,
-            "sha256": hashlib.sha256((dense / "model.safetensors").read_bytes()).hexdigest(),
+            "sha256": hash_weights(open_folder(dense).files),
             "parameters": self.load(dense).num_parameters(),
             "license": "apache-2.0",
             "language": [],
@@ -218,11 +234,23 @@ class Classification(Domain):
             loss = 0.5 * loss + 0.5 * divergence
         return loss, {"logits": logits}
 
-    def metrics(self, model: nn.Module, which: list[str] | None = None) -> dict[str, dict]:
-        """`which` (default: those of --eval), on the test images."""
-        attacked = min(self.settings["attacked"], len(self.data.test))
-        which = which or self.settings["eval"]
-        return measure_images(model.eval(), self.data, which, self.processor, attacked=attacked, seed=0)
+    def metrics(
+        self, model: nn.Module, reference: Reference | None = None, which: list[str] | None = None
+    ) -> dict[str, dict]:
+        """Those of --eval and the fidelity to the reference, on the test images; or only `which`."""
+        options = {"attacked": min(self.settings["attacked"], len(self.data.test)), "seed": 0}
+        if which is None:
+            which, options = self.settings["eval"], options | {"reference": reference}
+        return measure_images(model.eval(), self.data, which, self.processor, **options)
+
+    def predictions(self, model: nn.Module, folder: Path) -> Reference:
+        logits = predict(model.eval(), ImageTensors(self.data.test, self.processor))
+        Reference(folder, writing=True).compare("test", logits)
+        return Reference(folder)
+
+    @property
+    def prediction_bytes(self) -> int:
+        return 2 * len(self.data.test) * (len(self.data.classes) + 2)
 
     def speed(self, dense: Path, packed: Path) -> dict[str, dict[str, dict]]:
         """Time of the dense model in fp32 over that of the checkpoint, for single images and batches, in turns."""

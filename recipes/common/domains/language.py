@@ -11,17 +11,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.common.core.recipe import Recipe
 from recipes.common.data.assets import ASSETS
-from recipes.common.data.base_models import BaseModel, check_finite, resolve_model
-from recipes.common.data.texts import CalibrationText, Text, evaluation_windows, load_text
+from recipes.common.data.base_models import (
+    BaseModel,
+    check_finite,
+    check_shapes,
+    check_vocabulary,
+    load_tokenizer,
+    resolve_model,
+)
+from recipes.common.data.texts import CalibrationText, Text, chat_of, evaluation_windows, load_text
 from recipes.common.domains import Domain
 from recipes.common.export import EXPORTS
-from recipes.common.metrics.language import check_tasks, perplexity, run_tasks
+from recipes.common.metrics.fidelity import Reference, compared_windows
+from recipes.common.metrics.language import check_tasks, run_tasks, text_metrics
 from recipes.common.metrics.speed import compare_speed, ratio
 from zoo.errors import UserError
+from zoo.folder import readable_config
 from zoo.models import slim_class_for
 
 EVALUATION_TEXTS = ("A", "B", "C")
@@ -33,15 +42,22 @@ DENSE = {"dense_bf16": torch.bfloat16, "dense_fp32": torch.float32}  # what spee
 class LanguageRecipe(CalibrationText, Recipe):
     """Flags shared by recipes for causal language models."""
 
-    nsamples: int = field(default=32, metadata={"help": "calibration windows"})
-    seqlen: int = field(default=512, metadata={"help": "tokens per calibration window"})
-    eval_windows: int = field(default=12, metadata={"help": "held-out windows of each of the texts A, B and C"})
-    eval_seqlen: int = field(default=512, metadata={"help": "tokens per held-out window"})
+    nsamples: int = field(default=32, metadata={"help": "calibration windows", "at_least": 1, "at_most": 10**6})
+    seqlen: int = field(
+        default=512, metadata={"help": "tokens per calibration window", "at_least": 2, "at_most": 2**24}
+    )
+    eval_windows: int = field(
+        default=12,
+        metadata={"help": "held-out windows of each of the texts A, B and C", "at_least": 1, "at_most": 10**6},
+    )
+    eval_seqlen: int = field(
+        default=512, metadata={"help": "tokens per held-out window", "at_least": 2, "at_most": 2**24}
+    )
     tasks: list[str] = field(
         default_factory=lambda: ["step_inference"],
         metadata={"help": "lm-eval tasks: the local ones, or any task name when a hub is reachable; 'none' for none"},
     )
-    task_limit: int = field(default=100, metadata={"help": "items per task"})
+    task_limit: int = field(default=100, metadata={"help": "items per task", "at_least": 1, "at_most": 10**6})
 
     def domain(self) -> Domain:
         return Language(self.settings())
@@ -64,17 +80,18 @@ class Language(Domain):
 
     @cached_property
     def config(self):
-        return AutoConfig.from_pretrained(self.base.path)
+        with readable_config(self.base.path):
+            return AutoConfig.from_pretrained(self.base.path)
 
     @cached_property
     def tokenizer(self):
-        return AutoTokenizer.from_pretrained(self.folder or self.base.path)
+        return load_tokenizer(self.folder or self.base.path)
 
     @cached_property
     def text(self) -> Text:
         """Calibrated on."""
         of = {key: self.settings[f"calibration_{key}"] for key in ("config", "split", "column")}
-        return load_text(self.settings["calibration"], **of)
+        return load_text(self.settings["calibration"], **of, chat=chat_of(self.tokenizer))
 
     @cached_property
     def texts(self) -> dict[str, Text]:
@@ -89,18 +106,17 @@ class Language(Domain):
 
     def check(self) -> None:
         slim_class_for(self.base.model_type)  # a family that no checkpoint can be written for
-        if self.settings["task_limit"] < 1:
-            raise UserError(f"--task_limit {self.settings['task_limit']}: 1 or more is needed.")
-        if self.settings["tasks"] != ["none"]:
-            check_tasks(self.settings["tasks"])
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         for name in self.windowed:
             if longest and self.settings[name] > longest:
                 raise UserError(
                     f"--{name} {self.settings[name]}: {self.settings['model']} takes {longest} tokens at most."
                 )
+        check_shapes(self.base.path, self.auto_class)
+        if self.settings["tasks"] != ["none"]:
+            check_tasks(self.settings["tasks"])
         self.text  # noqa: B018 (both are read now, not after the work)
-        self.windows  # noqa: B018
+        check_vocabulary(self.config, self.windows.values(), self.settings["model"])
 
     def pins(self) -> dict[str, str]:
         return {"base_model": self.base.sha256, "calibration_text": self.text.sha256}
@@ -138,12 +154,26 @@ class Language(Domain):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
-    def metrics(self, model: nn.Module) -> dict[str, dict]:
-        """Perplexity on every held-out text, and the tasks of the settings."""
-        found = {f"perplexity/{name}": perplexity(model, rows, BATCH) for name, rows in self.windows.items()}
+    def metrics(self, model: nn.Module, reference: Reference | None = None) -> dict[str, dict]:
+        """Perplexity on every held-out text, there also the fidelity to the reference, and the tasks of the settings."""
+        found = self.text_metrics(model, reference)
         if self.settings["tasks"] != ["none"]:
             found |= run_tasks(model, self.tokenizer, self.settings["tasks"], self.settings["task_limit"])
         return found
+
+    def text_metrics(self, model: nn.Module, reference: Reference | None) -> dict[str, dict]:
+        compared = compared_windows(self.windows, model.config.get_text_config().vocab_size)
+        return text_metrics(model, self.windows, BATCH, reference, compared)
+
+    def predictions(self, model: nn.Module, folder: Path) -> Reference:
+        self.text_metrics(model, Reference(folder, writing=True))
+        return Reference(folder)
+
+    @property
+    def prediction_bytes(self) -> int:
+        vocabulary = self.config.get_text_config().vocab_size
+        tokens = sum(rows.shape[1] for rows in self.windows.values())
+        return 2 * compared_windows(self.windows, vocabulary) * tokens * vocabulary
 
     def speed(self, dense: Path, packed: Path) -> dict[str, dict[str, dict]]:
         """Decode and prefill of the checkpoint against dense bf16 and fp32."""

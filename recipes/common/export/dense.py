@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from zoo.folder import INDEX, atomic_folder, open_folder
+from zoo.folder import atomic_folder, open_folder
 from zoo.layers.base import PackedLayer
+from zoo.tensors import INDEX
 
 SHARD_BYTES = 5 * 10**9
 

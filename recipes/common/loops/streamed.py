@@ -80,9 +80,12 @@ class StreamedRun(Run):
 class Streamed(Recipe):
     """Flags and verbs shared by recipes that compress matrix by matrix; mixed in before a domain's flags."""
 
-    include: str = field(default="", metadata={"help": "compress only linears whose name matches this regex"})
+    include: str = field(
+        default="", metadata={"help": "compress only linears whose name matches this regex", "regex": True}
+    )
     ignore: list[str] = field(
-        default_factory=lambda: ["lm_head"], metadata={"help": "leave linears alone whose name contains one of these"}
+        default_factory=lambda: ["lm_head"],
+        metadata={"help": "leave linears alone whose name contains one of these", "empty": True},
     )
     sequential: bool = field(
         default=False,
@@ -94,7 +97,14 @@ class Streamed(Recipe):
         default="bfloat16",
         metadata={"help": "dtype of the checkpoint", "choices": ["bfloat16", "float16", "float32"]},
     )
-    workers: int = field(default=0, metadata={"help": "matrices compressed side by side; 0 = one per torch thread"})
+    workers: int = field(
+        default=0,
+        metadata={
+            "help": "matrices compressed side by side, or 0 = one per torch thread",
+            "at_least": 0,
+            "at_most": 1024,
+        },
+    )
 
     run_type = StreamedRun
 
@@ -138,8 +148,6 @@ class Streamed(Recipe):
         return self.ignore
 
     def check_base(self, run: StreamedRun) -> None:
-        self.regexes("include")
-        self.at_least(workers=0)
         if not run.linears:
             raise UserError(f"--include {self.include!r}: no linear layer of the model is selected.")
         for name, module in run.modules.items():
@@ -242,11 +250,6 @@ class Streamed(Recipe):
             for name in run.linears:
                 model.get_submodule(name).weight.data.copy_(run.store(seed).weight(method, name, variant))
         yield model
-
-    def measure(self, run: StreamedRun, variant: str) -> list[dict[str, dict]]:
-        if variant == "dense":
-            return [run.measure("dense", partial(self.open, run, "dense", run.seeds[0]))]
-        return super().measure(run, variant)
 
     def layers(self, run: StreamedRun, folder: Path) -> list[dict]:
         rows, store = [], run.store(run.seeds[0])

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from recipes.common.data.base_models import check_shapes
 from recipes.common.parts.pruners import LayerStats, StatsAccumulator
 from zoo.cache import CACHE
 from zoo.errors import UserError
@@ -42,6 +43,7 @@ class Variant:
     what config.json says of it in a checkpoint, if it can be packed.
 
     folded: {"columns": (d_in,), "rows": (d_out,)} if what is packed is diag(1/rows) dense diag(columns) (folding.py).
+    seconds: its own share of the work, where a method makes several variants that differ in it.
     """
 
     tensors: dict[str, Tensor]
@@ -49,6 +51,7 @@ class Variant:
     dense: Tensor
     spec: dict | None = None
     folded: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass
@@ -77,6 +80,7 @@ class StreamedModel:
 
     def __init__(self, path: Path, device: str = "cpu"):
         self.path, self.device = Path(path), torch.device(device)
+        check_shapes(self.path, "AutoModelForCausalLM")
         self.config = AutoConfig.from_pretrained(path)
         self.tensors = open_folder(self.path).tensors
         with torch.device("meta"):
@@ -90,15 +94,6 @@ class StreamedModel:
         self.prefix = next(name for name, module in model.named_modules() if module is self.layers)
         self.decoder_prefix = self.prefix.removesuffix("layers")
         self.kwargs: list[dict] = []
-        for name, tensor in model.state_dict().items():
-            if name not in self.tensors:
-                if name not in model.all_tied_weights_keys:
-                    raise UserError(f"{path}: the weight {name} is missing; the folder is not a complete model.")
-            elif self.tensors.shape(name) != list(tensor.shape):
-                raise UserError(
-                    f"{path}: the weight {name} has shape {self.tensors.shape(name)}, the config asks for"
-                    f" {list(tensor.shape)}; the folder is damaged."
-                )
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -320,11 +315,13 @@ class MatrixStore:
 
 
 def output_error(weight: Tensor, compressed: Tensor, hessian: Tensor | None) -> float | None:
-    """tr((W_hat - W) H (W_hat - W)^T) / tr(W H W^T): relative squared error of the layer's output."""
+    """tr((W_hat - W) H (W_hat - W)^T) / tr(W H W^T): relative squared error of the layer's output; 0 where there is none,
+    whether or not there is an output."""
     if hessian is None:
         return None
     delta = compressed - weight
-    return (torch.sum(delta @ hessian * delta) / torch.sum(weight @ hessian * weight)).item()
+    error, size = (torch.sum(matrix @ hessian * matrix).item() for matrix in (delta, weight))
+    return error / size if error else 0.0
 
 
 def select_linears(model: StreamedModel, index: int, include: str, ignore: list[str]) -> dict[str, nn.Linear]:
@@ -457,7 +454,7 @@ def _compress(method, names, weights, stats, store, workers) -> None:
                 "loss_init": loss_init,
                 "loss_final": loss_final,
                 "output_error": output_error(weight, variant.dense, layer_stats.hessian),
-                "seconds": seconds,
+                "seconds": seconds if variant.seconds is None else variant.seconds,
             }
         store.save(method, name, variants, facts)
         del variants, variant, layer_stats

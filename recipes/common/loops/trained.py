@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from recipes.common.core.run import Run
+from recipes.common.core.state import check_memory
+from recipes.common.data.base_models import hash_weights
 from recipes.common.loops.training import Groups, Loss, Masks, Schedule, train
 from zoo.checkpoint import save_checkpoint
 from zoo.errors import UserError
@@ -93,19 +95,32 @@ class TrainedRun(Run):
 class Trained:
     """Flags and verbs shared by recipes that train; mixed in before a domain's flags, whose defaults stand."""
 
-    epochs: int = field(default=8, metadata={"help": "passes over the training images"})
-    batch_size: int = field(default=128, metadata={"help": "images per step, over all processes together"})
-    lr: float = field(default=0.1, metadata={"help": "peak learning rate"})
+    epochs: int = field(
+        default=8, metadata={"help": "passes over the training images", "at_least": 0, "at_most": 10000}
+    )
+    batch_size: int = field(
+        default=128, metadata={"help": "images per step, over all processes together", "at_least": 1, "at_most": 2**16}
+    )
+    lr: float = field(default=0.1, metadata={"help": "peak learning rate", "at_most": 100, "above": 0})
     optimizer: str = field(
         default="sgd", metadata={"help": "sgd with Nesterov momentum 0.9, or adamw", "choices": ["sgd", "adamw"]}
     )
-    weight_decay: float = field(default=5e-4, metadata={"help": "not applied to biases and normalisation"})
+    weight_decay: float = field(
+        default=5e-4, metadata={"help": "not applied to biases and normalisation", "at_least": 0, "at_most": 10}
+    )
     schedule: str = field(
         default="cosine", metadata={"help": "of the learning rate: cosine, or step", "choices": ["cosine", "step"]}
     )
-    lr_drops: list[int] = field(default_factory=list, metadata={"help": "epochs at which step divides the rate by 10"})
-    warmup_epochs: float = field(default=0.0, metadata={"help": "epochs in which the learning rate rises"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of every label spread over all classes"})
+    lr_drops: list[int] = field(
+        default_factory=list,
+        metadata={"help": "epochs at which step divides the rate by 10", "at_least": 1, "at_most": 10000},
+    )
+    warmup_epochs: float = field(
+        default=0.0, metadata={"help": "epochs in which the learning rate rises", "at_least": 0, "at_most": 10000}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "share of every label spread over all classes", "at_least": 0, "below": 1}
+    )
     augment: bool = field(default=True, metadata={"help": "shift or crop, and mirror, the training images"})
 
     run_type: ClassVar[type[Run]] = TrainedRun
@@ -165,15 +180,19 @@ class Trained:
     def needs(self, run: TrainedRun) -> tuple[float, float, float]:
         """From one step of training on this machine."""
         domain, model = run.domain, self.fresh(run, 0)
-        size, batch = 4 * model.num_parameters(), domain.example(self.batch_size)
+        size, items = 4 * model.num_parameters(), min(self.batch_size, len(domain.training))
+        item = sum(tensor.nbytes for tensor in domain.example(1).values())
+        ram = 2**30 + 8 * size + domain.data_bytes + 400 * items * item
+        check_memory(ram)  # before any of it is taken
+        batch = domain.example(items)
         for _ in range(2):  # the first one warms up
             begin = time.perf_counter()
             domain.loss(model, batch).backward()
             seconds = time.perf_counter() - begin
         models = self.trainings(run) * self.seeds
-        ram = 2**30 + 8 * size + domain.data_bytes + 400 * sum(tensor.nbytes for tensor in batch.values())
-        steps = len(domain.training) / self.batch_size * self.epochs * models
-        return ram, 2 * size * models + 2**26, 1.3 * steps * seconds / 60
+        steps = len(domain.training) / items * self.epochs * models
+        checkpoints = 3 * 3 * size  # Trainer's, each with AdamW's moments
+        return ram, 2 * size * models + checkpoints + 2**26, 1.3 * steps * seconds / 60
 
     def produce(self, run: TrainedRun, seed: int) -> None:
         for variant in self.variants(run):
@@ -187,6 +206,16 @@ class Trained:
     def open(self, run: TrainedRun, variant: str, seed: int) -> Iterator[nn.Module]:
         """The own variant as its checkpoint holds it."""
         yield run.domain.load(run.checkpoint(seed)) if variant == self.method else run.trained(variant, seed)
+
+    def dense_seeds(self, run: TrainedRun) -> list[int]:
+        return run.seeds if self.keeps_dense else super().dense_seeds(run)
+
+    def dense_at_hand(self, folder: Path, sha256: str) -> Path | None:
+        if not self.keeps_dense:
+            return super().dense_at_hand(folder, sha256)
+        kept = folder.resolve().with_name(f"{folder.resolve().name}-dense")
+        there = (kept / "config.json").exists()
+        return kept if there and hash_weights(open_folder(kept).files) == sha256 else None
 
     def exports(self) -> tuple[str, ...]:
         """None where the dense model is kept, since a dense export would have its place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalPrediction
 
 from zoo.errors import UserError
 
+CHECKPOINT = ("model.safetensors", "optimizer.pt", "scheduler.pt", TRAINER_STATE_NAME)  # and states of random numbers
 Masks = dict[str, Tensor]  # {parameter name: bool, True where the weight is kept}
 # loss(model, batch, label smoothing) -> (mean loss of the batch, {name: what the score looks at}).
 Loss = Callable[[nn.Module, dict[str, Tensor], float], tuple[Tensor, dict[str, Tensor]]]
@@ -42,14 +45,9 @@ class Schedule:
     max_grad_norm: float = 0.0  # 0 = gradients are not clipped
 
     def check(self) -> None:
-        """Raises UserError for impossible values, before any work."""
-        for name, lowest in (("epochs", 0), ("batch_size", 1), ("weight_decay", 0), ("warmup_epochs", 0)):
-            if getattr(self, name) < lowest:
-                raise UserError(f"--{name} {getattr(self, name)}: {lowest} or more is needed.")
-        if not self.lr > 0:
-            raise UserError(f"--lr {self.lr}: more than 0 is needed.")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--label_smoothing {self.label_smoothing}: from 0 to below 1 is possible.")
+        """Raises UserError, before any work, for values that are impossible together; alone, flags are in their range."""
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs}: fewer than --epochs {self.epochs} are needed.")
         late = [drop for drop in self.lr_drops if not 0 < drop < self.epochs]
         if self.schedule == "step" and (late or not self.lr_drops):
             raise UserError(f"--lr_drops {late or 'none'}: epochs between 0 and --epochs {self.epochs} are needed.")
@@ -82,7 +80,7 @@ def train(
 
     Args:
         items: what is trained on, dicts of tensors with "labels". validation: chooses the epoch, nothing else.
-        folder: of Trainer's checkpoints; if there is one, training continues from it.
+        folder: of Trainer's checkpoints; if there is a whole one, training continues from it.
         loss: of a batch; labels are smoothed while the model trains. score: its name, and what it is of all outputs.
         seed: of the order of the items.
         masks: weights outside stay exactly zero: they are zeroed first, their gradients before clipping and stepping,
@@ -108,7 +106,7 @@ def train(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # with 1, Trainer removes the newest at its end, and a run killed then has less to go on from
         load_best_model_at_end=True,
         metric_for_best_model=name,
         remove_unused_columns=False,
@@ -126,14 +124,14 @@ def train(
         train_dataset=items,
         eval_dataset=validation,
         compute_metrics=lambda predicted: {name: function(predicted)},
-        callbacks=[*callbacks, *([KeepMasks(masks)] if masks else [])],
+        callbacks=[*callbacks, *([KeepMasks(masks)] if masks else []), FindBest()],
         schedule=schedule,
         loss=loss,
         groups=groups,
     )
     handles = mask_gradients(model, masks)
     try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
         for handle in handles:
             handle.remove()
@@ -142,6 +140,23 @@ def train(
     if not all(math.isfinite(entry[key]) for entry in log for key in ("loss", "eval_loss") if key in entry):
         raise UserError(f"Training diverged: the loss is not finite; lower --lr {schedule.lr}.")
     return log
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest of Trainer's checkpoints in `folder` that is whole, however the run ended that wrote or removed it."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    return next((str(path) for path in found if is_whole(path)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Trainer's state is the last file to be written; the others may go before it."""
+    if not all((checkpoint / name).exists() for name in CHECKPOINT) or not any(checkpoint.glob("rng_state*")):
+        return False
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class ScheduledTrainer(Trainer):
@@ -173,6 +188,10 @@ class ScheduledTrainer(Trainer):
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.model.state_dict()).items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state, which makes the checkpoint whole, comes after everybody's files
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = self.loss(model, inputs, self.schedule.label_smoothing if model.training else 0.0)
         return (loss, outputs) if return_outputs else loss
@@ -186,6 +205,14 @@ class KeepMasks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         apply_masks(model, self.masks)
+
+
+class FindBest(TrainerCallback):
+    """Looks for the best epoch's checkpoint in the folder as it is called now: it may have been moved since the kill."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule, groups: Groups | None = None) -> Optimizer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,7 +18,8 @@ from tqdm.auto import tqdm
 from recipes.common.core.state import module_seed
 from recipes.common.data.image_batches import ImageTensors
 from recipes.common.data.images import PACKAGED, ImageData, load_images
-from recipes.common.metrics.metric import metric
+from recipes.common.metrics.fidelity import Reference, fidelity
+from recipes.common.metrics.metric import mean_of, metric
 from zoo.errors import UserError
 
 DETECTION = ("auroc", "fpr95", "auroc_energy", "fpr95_energy")  # once for every set of foreign images
@@ -39,6 +39,7 @@ def measure_images(
     batch_size: int = 256,
     attacked: int | None = None,
     seed: int = 0,
+    reference: Reference | None = None,
 ) -> dict[str, dict]:
     """The metrics `which` (of `METRICS`) of a classifier on the test images: {"accuracy": M, "auroc/uniform": M, …}.
 
@@ -48,6 +49,7 @@ def measure_images(
         batch_size: images per forward pass.
         attacked: test images that are attacked, evenly spread; None for all. An attack costs 2 passes, PGD 22.
         seed: of the noise images and of PGD's random starts.
+        reference: the dense model's predictions; how near the model's are to them is then told too (`fidelity`).
 
     Raises:
         UserError: a metric is unknown, or the model's outputs are NaN.
@@ -65,17 +67,19 @@ def measure_images(
     if "brier" in which:
         metrics["brier"] = _mean(brier(logits, test.labels), "score", higher_is_better=False)
     if "ece" in which:
-        metrics["ece"] = metric(ece(logits, test.labels), None, len(test), "items", higher_is_better=False)
+        metrics["ece"] = _ece_metric(logits, test.labels)
     if "ece_scaled" in which:
         validation = ImageTensors(data.validation, processor)
         temperature = fit_temperature(predict(model, validation, batch_size), validation.labels)
-        scaled = ece(logits / temperature, test.labels)
-        metrics["ece_scaled"] = metric(scaled, None, len(test), "items", higher_is_better=False)
+        metrics["ece_scaled"] = _ece_metric(logits / temperature, test.labels)
     if any(kind in DETECTION for kind in which):
         metrics |= _measure_detection(model, which, test, logits, foreign_sets(data), batch_size, seed)
     for attack in ATTACKS:
         if attack in which:
             metrics[attack] = _mean(survives(model, test, attack, batch_size=batch_size, items=attacked, seed=seed))
+    if reference is not None:
+        kl, agrees = reference.compare("test", logits)
+        metrics |= fidelity([kl], [agrees], "items")
     return metrics
 
 
@@ -105,9 +109,11 @@ def evaluation_rows(data: ImageData, metrics: dict[str, dict]) -> dict[str, dict
 
 def _mean(values: Tensor, unit: str = "fraction", higher_is_better: bool = True) -> dict:
     """The mean of one number per item as a metric, with its standard error."""
-    values = values.double()
-    spread = values.std(correction=1).item() / math.sqrt(len(values)) if len(values) > 1 else None
-    return metric(values.mean().item(), spread, len(values), "items", unit, higher_is_better)
+    return mean_of(values, "items", unit, higher_is_better)
+
+
+def _ece_metric(logits: Tensor, labels: Tensor) -> dict:
+    return mean_of(ece_parts(logits, labels), "items", higher_is_better=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- logits
@@ -170,10 +176,16 @@ def ece(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
 
     B_b holds the items whose confidence, the largest softmax output, is in ((b - 1) / bins, b / bins].
     """
+    return ece_parts(logits, labels, bins).mean().item()
+
+
+def ece_parts(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> Tensor:
+    """(N,) float64 whose mean is `ece`: of an item in B_b, right - confidence with the sign of its bin's sum of them."""
     confidence, predicted = logits.double().softmax(1).max(1)
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, (predicted == labels).double() - confidence)
-    return gap.abs().sum().item() / len(labels)
+    parts = (predicted == labels).double() - confidence
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, parts)
+    return parts * gap.sign()[place]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -192,33 +204,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         else:
             low = middle
     return math.exp(-(low + high) / 2)
-
-
-# ---------------------------------------------------------------------------------------------- models, item by item
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two models on the same items: `difference` of accuracies (first minus second) with its standard error.
-
-    `wins` and `losses` count the items that only the first, or only the second, gets right; `p_value` is the exact
-    two-sided one of McNemar's test, that such items fall either way like a fair coin.
-    """
-
-    difference: float
-    standard_error: float
-    wins: int
-    losses: int
-    p_value: float
-
-
-def compare_paired(first: Tensor, second: Tensor) -> Paired:
-    """Compares two models by their (N,) bool of right answers to the same items; see `correct`."""
-    n, wins, losses = len(first), int((first & ~second).sum()), int((second & ~first).sum())
-    difference, discordant = (wins - losses) / n, wins + losses
-    error = math.sqrt(max(discordant / n - difference**2, 0) / n)
-    tail = sum(math.comb(discordant, k) for k in range(min(wins, losses) + 1))
-    return Paired(difference, error, wins, losses, min(2 * tail / 2**discordant, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------------ foreign images

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recipes.common.data.assets import asset_path
+from recipes.common.metrics.fidelity import Reference, fidelity
 from recipes.common.metrics.metric import metric
 from zoo.errors import UserError
 
@@ -31,12 +32,18 @@ TASK_BATCH = 8
 # ------------------------------------------------------------------------------------------------------- perplexity
 
 
-def window_nlls(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Tensor:
+def window_nlls(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int = 1,
+    look: Callable[[int, Tensor], None] = lambda window, logits: None,
+) -> Tensor:
     """Mean negative log-likelihood of each window's tokens 2..T given those before them in the window.
 
     Args:
         windows: (N, T) int64 token ids, T >= 2; nothing is added to them.
         batch_size: windows per forward pass; it changes the speed, and the result only by rounding.
+        look: called with the number of each window and the logits (T - 1, V) that predict its tokens 2..T.
 
     Returns:
         (N,) float64, in nats per token. Logits are taken to fp32 first, whatever the model's dtype.
@@ -59,6 +66,7 @@ def window_nlls(model: nn.Module, windows: Tensor, batch_size: int = 1) -> Tenso
                             f"Window {len(losses) - 1} has no perplexity: the model's outputs are NaN; with --dtype"
                             " float16 they may have overflowed, use bfloat16 or float32."
                         )
+                    look(len(losses) - 1, row[:-1])
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{_exp(statistics.fmean(losses)):.2f}")
     finally:
@@ -71,13 +79,40 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1) -> dict:
 
     `spread` is the standard error of the mean NLL over windows times the perplexity (first-order), so it says how far
     another draw of windows of this text would move the value. Two models measured on the same windows differ with much
-    less noise than that: compare their `window_nlls` pairwise. It is None for a single window, and if it overflows.
+    less noise than that: they are compared by `raw`, the mean NLL of each window. It is None for a single window, and if
+    it overflows.
     """
-    nlls = window_nlls(model, windows, batch_size)
+    return _perplexity(window_nlls(model, windows, batch_size))
+
+
+def text_metrics(
+    model: nn.Module,
+    windows: dict[str, Tensor],
+    batch_size: int = 1,
+    reference: Reference | None = None,
+    compared: int = 0,
+) -> dict[str, dict]:
+    """{"perplexity/A": metric, …} of texts (N, T) int64 by their names and, with a reference, how near the predictions of
+    the first `compared` windows of each are to its own (`fidelity`, over all texts together).
+    """
+    found, kl, agrees = {}, [], []
+    for name, rows in windows.items():
+
+        def look(window: int, logits: Tensor, name: str = name) -> None:
+            if reference is not None and window < compared:
+                divergences, same = reference.compare(f"{name}-{window}", logits)
+                kl.append(divergences)
+                agrees.append(same)
+
+        found[f"perplexity/{name}"] = _perplexity(window_nlls(model, rows, batch_size, look))
+    return found | (fidelity(kl, agrees, "windows") if kl else {})
+
+
+def _perplexity(nlls: Tensor) -> dict:
     value = _exp(nlls.mean().item())
     spread = value * nlls.std(correction=1).item() / math.sqrt(len(nlls)) if len(nlls) > 1 else math.nan
     finite = spread if math.isfinite(spread) else None
-    return metric(value, finite, len(nlls), "windows", "ppl", higher_is_better=False)
+    return metric(value, finite, len(nlls), "windows", "ppl", higher_is_better=False, raw=nlls.tolist())
 
 
 def _exp(nll: float) -> float:
@@ -142,7 +177,7 @@ def _evaluate(model: nn.Module, tokenizer, tasks: list, manager, limit: int | No
         tasks=tasks,
         task_manager=manager,
         limit=limit,
-        log_samples=False,
+        log_samples=True,
         bootstrap_iters=1000,  # only metrics without a closed-form standard error use it
         random_seed=seed,
         numpy_random_seed=seed,
@@ -198,7 +233,17 @@ def _scores(results: dict, task: str) -> Iterator[tuple[str, dict]]:
         better = results["higher_is_better"][task].get(name, True)
         unit = "ppl" if "perplexity" in name else "fraction"
         label = name if filtered == "none" else f"{name}-{filtered}"
-        yield f"{label}/{task}", metric(value, spread, n, "items", unit, better)
+        raw = _item_scores(results, task, name, filtered)
+        if raw is not None and not math.isclose(statistics.fmean(raw), value, abs_tol=1e-9):
+            raw = None  # another aggregation than the mean
+        yield f"{label}/{task}", metric(value, spread, n, "items", unit, better, raw)
+
+
+def _item_scores(results: dict, task: str, name: str, filtered: str) -> list[float] | None:
+    """The score of every item of a task, in the order of the data; None where lm-eval keeps no number for each."""
+    samples = [row for row in results.get("samples", {}).get(task, ()) if row.get("filter", "none") == filtered]
+    scores = [row.get(name) for row in sorted(samples, key=lambda row: row["doc_id"])]
+    return scores if scores and all(isinstance(score, int | float) for score in scores) else None
 
 
 def _items(results: dict, task: str) -> int:

@@ -119,10 +119,13 @@ def share(count: int, columns: range, d_in: int) -> int:
 
 
 def sanitize(second_moment: Tensor) -> Tensor:
-    """Importance d (d_in,): non-finite or non-positive entries become the mean of the valid ones."""
+    """Importance d (d_in,): non-finite or non-positive entries become the mean of the valid ones, and 1 where all are 0,
+    as behind a layer that is zero."""
     valid = torch.isfinite(second_moment) & (second_moment > 0)
     if not valid.any():
-        raise UserError("the calibration inputs of a layer are all zero or not finite; use other calibration data.")
+        if second_moment.any():
+            raise UserError("the calibration inputs of a layer are not finite; use other calibration data.")
+        return torch.ones_like(second_moment)
     return torch.where(valid, second_moment, second_moment[valid].mean())
 
 

@@ -1,11 +1,14 @@
 """ARMOR on random matrices: the steps of its method, against definitions and brute force."""
 
 import itertools
+import json
 
 import pytest
 import torch
+from tiny_models import make_base
 
-from recipes.armor import Armor, wrapper_overhead
+from recipes.armor import Armor, group_of, wrapper_overhead
+from recipes.armor.evidence import checks_table
 from recipes.armor.factorisation import (
     block_diag_product,
     denormalise,
@@ -13,14 +16,17 @@ from recipes.armor.factorisation import (
     group_view,
     init_nowag,
     left,
+    of_core,
     optimise,
     pick_groups,
     rebalance,
     refit,
+    refit_B,
+    ridge,
     right,
     sparse_core_step,
 )
-from recipes.common.core.cli import parse
+from recipes.common.core.cli import main, parse
 from recipes.common.parts.pruners import LayerStats, PerGroup, normalize, nowag
 from zoo.errors import UserError
 from zoo.kernels.bitmask_linear.reference import unpack_bitmask
@@ -236,22 +242,80 @@ def test_refit_lowers_the_output_error_each_time():
     f, W_bar, d, r1, r2 = start(W, stats)
     optimise(f, W_bar, d, options(iters=50), torch.Generator().manual_seed(0))
     A, S, B = denormalise(f, r1, r2)
-    H = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(128)
+    H = stats.hessian + torch.diag(ridge(stats.hessian))
 
-    def error(A, S):
+    def error(A, S, B):
         delta = block_diag_product(A, S, B) - W
         return torch.sum(delta @ H * delta).item()
 
-    A1, _ = refit(W, stats.hessian, A, S, f.M, B, "A", cg_steps=30)
-    A2, S2 = refit(W, stats.hessian, A, S, f.M, B, "A+S", cg_steps=30)
-    assert torch.equal(A1, A2)
-    assert error(A, S) > error(A1, S) > error(A1, S2)
+    def fit(what, steps=30, rounds=1):
+        recipe = options(refit=what, refit_steps=steps, refit_rounds=rounds)
+        return refit(W, stats.hessian, A, S, f.M, B, PerGroup(2, 4), recipe)
+
+    (A1, *_), (A2, S2, M2, B2) = fit("A"), fit("A+S")
+    assert torch.equal(A1, A2) and torch.equal(B, B2) and torch.equal(M2, f.M)
+    assert error(A, S, B) > error(A1, S, B) > error(A1, S2, B)
     assert not S2[~f.M].any()
-    A3, S3 = refit(W, stats.hessian, A, S, f.M, B, "A+S", cg_steps=2000)
+    rounds = [error(A, S, B) for A, S, _, B in (fit("A+S+B", rounds=n) for n in (1, 2, 4))]
+    assert error(A1, S2, B) > 1.05 * rounds[0] and rounds[0] > rounds[1] > rounds[2]
+    masks = [error(A, S, B) for A, S, _, B in (fit("M+A+S+B", rounds=n) for n in (1, 2, 4))]
+    assert error(A, S, B) > masks[0] > masks[1] > masks[2]
+    _, S4, M4, _ = fit("M+A+S+B", rounds=2)
+    assert (M4.view(64, 32, 4).sum(-1) == 2).all() and not S4[~M4].any() and not torch.equal(M4, f.M)
+    A3, S3, *_ = fit("A+S", steps=2000)
     delta = block_diag_product(A3, S3, B) - W  # the gradient by the kept entries vanishes at the minimum
     gradient = left(A3.transpose(1, 2), right(delta @ H, B.transpose(1, 2))) * f.M
     reference = left(A3.transpose(1, 2), right(W @ H, B.transpose(1, 2))) * f.M
     assert gradient.norm() < 1e-3 * reference.norm()
+
+
+def test_a_refit_mask_that_leads_nowhere_is_not_taken(monkeypatch):
+    W, stats = problem(64, 128)
+    f, W_bar, d, r1, r2 = start(W, stats)
+    optimise(f, W_bar, d, options(iters=20), torch.Generator().manual_seed(0))
+    A, S, B = denormalise(f, r1, r2)
+    keep, calls = PerGroup(2, 4), []
+
+    def worse(W, H, more, A, S, M, B, keep):
+        calls.append(1)
+        mask = keep.mask(-S.abs())
+        return W * mask, mask
+
+    monkeypatch.setattr("recipes.armor.factorisation.refit_mask", worse)
+    plain, found = (refit(W, stats.hessian, A, S, f.M, B, keep, options(refit=what)) for what in ("A+S+B", "M+A+S+B"))
+    assert all(map(torch.equal, plain, found)) and len(calls) == 1
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_matrix_of_zeros_and_wrappers_without_inverse_refit_to_themselves(dead):
+    W, stats = problem(64, 128)
+    f, *_ = start(W, stats)
+    A, S, B = f.A * (1 - dead), f.S * 0, f.B
+    fitted = refit(W * 0, stats.hessian, A, S, f.M, B, PerGroup(2, 4), options())
+    assert all(torch.isfinite(part).all() for part in fitted) and not fitted[1].any()
+    assert (fitted[2].view(64, 32, 4).sum(-1) == 2).all()
+
+
+def test_refit_of_B_is_exact_where_it_converges():
+    """Against the normal equations of every block of B together, solved densely."""
+    W, stats = problem(32, 16)
+    f, *_ = start(W, stats, 8, 8)
+    randomise(f)
+    H, more = stats.hessian, ridge(stats.hessian)
+    Hd = H + torch.diag(more)
+    torch.testing.assert_close(of_core(H, more, f.B), left(f.B, right(Hd, f.B.transpose(1, 2))))
+    B = refit_B(W @ Hd, H, more, f.A, f.S, f.B, steps=500)
+    T, L = left(f.A, f.S).double(), torch.linalg.cholesky(Hd.double())
+    columns = []  # one for each entry of B: what it adds to A S B L
+    for n, i, j in itertools.product(range(2), range(8), range(8)):
+        unit = torch.zeros(16, 16, dtype=torch.float64)
+        unit[8 * n + i, 8 * n + j] = 1
+        columns.append((T @ unit @ L).flatten())
+    solution = torch.linalg.lstsq(torch.stack(columns, 1), (W.double() @ L).flatten()[:, None]).solution
+    exact = solution.view(2, 8, 8).float()
+    torch.testing.assert_close(
+        block_diag_product(f.A, f.S, B), block_diag_product(f.A, f.S, exact), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_rebalance_moves_powers_of_two_only():
@@ -284,8 +348,8 @@ def test_same_seed_same_bits():
         (["--iters", "-1"], "--iters -1"),
         (["--lr", "0"], "--lr"),
         (["--select", "best"], "--select best"),
-        (["--groups-per-block", "0"], "--groups-per-block"),
-        (["--max-overhead", "2"], "--max-overhead"),
+        (["--groups-per-block", "0"], "--groups_per_block 0"),
+        (["--max-overhead", "2"], "--max_overhead 2"),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, message):
@@ -304,3 +368,55 @@ def test_bad_shapes_are_named_before_any_work():
     with pytest.raises(UserError, match="not a multiple of 4"):
         options().check_matrix("x", 64, 66)
     assert options(block="auto", max_overhead=0.2).blocks(192, 576) == (16, 16)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("curve")
+    (folder / "calibration.txt").write_text("some plain words to calibrate on, again and again. " * 60)
+    base = make_base(folder / "model", "llama")
+    flags = {"model": base, "calibration": folder / "calibration.txt", "output": folder / "out", "nsamples": 2}
+    flags |= {"seqlen": 32, "eval_windows": 2, "eval_seqlen": 32, "tasks": "none", "block": 16, "iters": 6}
+    arguments = [str(x) for key, value in flags.items() for x in (f"--{key}", value)]
+    main(["armor", *arguments, "--curve", "0", "3", "9", "--baselines", "sparsegpt", "gptq-4"])
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+def test_the_report_shows_quality_against_minutes(report):
+    table = report["tables"]["Quality against minutes"]
+    rows = {row[0].strip("*"): [cell.strip("*") for cell in row[1:]] for row in table["rows"]}
+    own = ["armor, 0 iterations", "armor, 3 iterations", "armor, 6 iterations"]
+    assert rows.keys() == {*own, "armor-no-refit", "sparsegpt", "gptq-4"}
+    losses = [float(rows[name][1]) for name in own]
+    assert losses[0] > losses[1] > losses[2] and rows["sparsegpt"][1] == ""
+    errors = {name: float(row[2]) for name, row in rows.items()}
+    assert errors["armor, 6 iterations"] < min(errors["armor-no-refit"], errors["armor, 0 iterations"])
+    minutes = [float(row[1].strip("*")) for row in table["rows"]]
+    assert minutes == sorted(minutes)
+    (points,) = report["sweeps"]["Perplexity against minutes"]["series"].values()
+    assert len(points) == 3 and [p["x"] for p in points] == sorted(p["x"] for p in points)
+    assert points[-1]["metrics"]["perplexity/A"]["value"] == report["compressed"]["perplexity/A"]["value"]
+    assert report["baselines"].keys() == {"armor-no-refit", "sparsegpt", "gptq-4"}  # the points are no baselines
+
+
+def test_four_bits_are_a_baseline_of_fewer_bytes(report):
+    size = report["size"]
+    assert size["baselines"]["gptq-4"] < size["baselines"]["sparsegpt"] < size["compressed_bytes"]
+    errors = {
+        row[0]: float(row[3]) for row in report["tables"]["Quality against minutes"]["rows"] if "armor," not in row[0]
+    }
+    assert errors["gptq-4"] < errors["sparsegpt"]
+    assert [group_of(d) for d in (576, 1536, 96, 48, 64)] == [64, 64, 32, -1, 64]
+
+
+def test_checks_say_what_is_met():
+    def metrics(*values):
+        return {f"perplexity/{name}": {"value": value} for name, value in zip("ABC", values, strict=True)}
+
+    found = {"dense": metrics(20, 22, 14), "armor": metrics(30, 36, 31), "armor-no-refit": metrics(44, 46, 30)}
+    table = checks_table(found | {"sparsegpt": metrics(80, 35, 96)}, "armor")
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    assert table["header"] == ["expected of perplexity", "A", "B", "C"]
+    assert rows["the refit closes 50 % of the gap to dense"] == ["58 %, met", "42 %, **not met**", "-6 %, **not met**"]
+    assert [cell.endswith(" met") for cell in rows["armor below sparsegpt"]] == [True, False, True]
+    assert rows.keys() == {"the refit closes 50 % of the gap to dense", "dense below armor", "armor below sparsegpt"}

@@ -2,15 +2,13 @@
 in test_kvtuner_search.py, what needs a real model in test_kvtuner_smollm2.py; the cache itself is tested in tests/zoo."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from launching import TWO_PROCESSES
+from launching import ENVIRONMENT, RECIPES, TWO_PROCESSES, run
 from safetensors.torch import load_file
 from tiny_models import Packing, make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +17,7 @@ import zoo  # noqa: F401
 from recipes.common.core.cli import main
 from recipes.kvtuner.retrieving import hidden_codes, retrieval
 from recipes.kvtuner.simulation import (
+    block_inputs,
     first_divergence,
     greedy,
     log_probabilities,
@@ -31,6 +30,7 @@ from recipes.kvtuner.simulation import (
 from recipes.kvtuner.tables import FORMATS, read_table
 from zoo.cache import CACHE, KVTunerCache
 from zoo.errors import UserError
+from zoo.record.format import FIDELITY
 
 IDS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
 PER_TOKEN, KIVI = FORMATS["per_token"], FORMATS["kivi"]
@@ -148,6 +148,11 @@ def test_element_wise_errors_are_mean_ratios(model):
 def test_kl_and_divergence(model):
     reference = log_probabilities(model, IDS)
     assert mean_kl(model, IDS, reference) < 1e-7
+    inputs, last = block_inputs(model, IDS), ((16, 16),) * (model.config.num_hidden_layers - 1) + ((2, 2),)
+    with quantised_cache(model, last, PER_TOKEN):  # only the last block differs, and only it need be computed
+        whole, part = mean_kl(model, IDS, reference), mean_kl(model, IDS, reference, inputs, len(last) - 1)
+    assert part == pytest.approx(whole, rel=1e-4) and whole > 1e-6
+    assert mean_kl(model, IDS, reference) < 1e-7  # and all blocks are back
     with quantised_cache(model, ((2, 2), (2, 2)), PER_TOKEN):
         found = mean_kl(model, IDS, reference)
         with torch.no_grad():
@@ -208,7 +213,6 @@ SMALL = {
     "--population": 8,
     "--max_bits": 4,
 }
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +226,7 @@ def command(base, output, *more, **changes):
     flags = SMALL | {"--model": base, "--calibration": base.parent / "calibration.txt", "--output": output}
     flags |= {f"--{key}": value for key, value in changes.items()}
     arguments = [str(x) for pair in flags.items() for x in pair]
-    return [sys.executable, "-m", "recipes", "kvtuner", *arguments, *more]
-
-
-def run(arguments):
-    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
+    return [*RECIPES, "kvtuner", *arguments, *more]
 
 
 def run_here(base, output, *more, **changes):
@@ -282,7 +282,7 @@ def test_end_to_end(base, finished, capsys):
     output, report = finished
     table = json.loads((output / "config.json").read_text())["kv_cache_quantization"]
     assert table["layers"] == cache_of(report)["layers"] and table["equivalent_bits"] <= 4
-    assert {"KV8", "KV4", "kivi-4", "ladder", "reversed", "depth", "random", "knapsack"} <= set(report["baselines"])
+    assert {"KV4", "KV2", "kivi-4", "ladder", "depth", "random", "knapsack"} <= set(report["baselines"])
     bits = {point["bits"]: point["loss"] for point in cache_of(report)["searched"]}
     within = min(loss for b, loss in bits.items() if b <= 4)
     uniform = cache_of(report)["uniform"]["KV4"]
@@ -300,7 +300,7 @@ def test_end_to_end(base, finished, capsys):
     assert cache_of(report)["models"]["kvtuner"]["bytes_per_token"] == own
     assert cache_of(report)["models"]["KV4"]["bytes_per_token"] == 4 * 2 * (2 * 16 + 8)
     kls = {name: model["kl"] for name, model in cache_of(report)["models"].items()}
-    assert kls["KV8"] < kls["KV4"] < kls["KV2"] and kls["KV8"] < 5e-4 < kls["kvtuner"] < kls["KV2"]
+    assert kls["KV4"] < kls["KV2"] and 5e-4 < kls["kvtuner"] < kls["KV2"]
     card = (output / "README.md").read_text()
     assert (
         f"| **kvtuner** | **{table['equivalent_bits']:.2f}** | **{table['effective_bits']:.2f}** | **{own:,}** |"
@@ -388,7 +388,7 @@ def test_kivi_with_every_measurement_and_without_its_shortcuts(long_base, tmp_pa
     report = run_here(
         long_base,
         tmp_path / "kv",
-        *("--no_prune", "--no_cluster", "--baselines", "KV4", "per-token-4", "knapsack", "random", "unclustered"),
+        *("--no_prune", "--baselines", "KV4", "per-token-4", "knapsack", "random", "clustered"),
         **{"mode": "kivi", "group_size": 16, "residual_length": 32, "objective": "ppl", "prefill": "quantized"},
         **{"seeds": 2, "retrieval_items": 2, "retrieval_tokens": 3000, "speed_tokens": 64, "max_bits": 5},
     )
@@ -397,12 +397,13 @@ def test_kivi_with_every_measurement_and_without_its_shortcuts(long_base, tmp_pa
     assert form == {"mode": "kivi", "group_size": 16, "residual_length": 32, "prefill": "quantized"}
     assert config["equivalent_bits"] <= 5 and config["effective_bits"] == config["equivalent_bits"] + 2
     assert "Layers that share a pair: 0; 1; 2." in report["tables"]["Sensitivity of the layers"]["caption"]
-    assert set(report["baselines"]) == {"KV4", "per-token-4", "knapsack", "random", "unclustered"}
+    assert set(report["baselines"]) == {"KV4", "per-token-4", "knapsack", "random", "clustered"}
     models = cache_of(report)["models"]
     assert models["per-token-4"]["effective_bits"] == 5 and models["KV4"]["effective_bits"] == 6
     assert models["random"]["kl"] > 0 and report["baselines"]["random"]["perplexity/A"]["n_of"] == "runs"
     keys = {"perplexity/A", "perplexity/B", "perplexity/C", "retrieval/squad-dev", "perplexity/squad-dev"}
-    assert report["compressed"].keys() == keys and report["compressed"]["perplexity/A"]["n_of"] == "seeds"
+    assert report["compressed"].keys() == keys | set(FIDELITY)
+    assert report["compressed"]["perplexity/A"]["n_of"] == "seeds"
     assert report["speed"].keys() == {"decode", "prefill"} and len(report["speed"]["decode"]) == 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "kv", dtype=torch.float32)
     cache = model.generate(IDS, max_new_tokens=4, return_dict_in_generate=True)[CACHE]
@@ -411,6 +412,12 @@ def test_kivi_with_every_measurement_and_without_its_shortcuts(long_base, tmp_pa
     kept = [line.split("  ")[-1].split() for line in shown.splitlines() if line.startswith("layer ")]
     assert len(kept) == 6 and all(len(pairs) == 9 for pairs in kept)  # of three layers and two seeds, no pair is pruned
     assert f"KV cache: {models['kvtuner']['bytes_per_token']:,} of 768 bytes a token" in shown
+
+
+def test_the_report_says_when_the_search_returns_a_baseline(finished, base, tmp_path):
+    """With one pair to choose from nothing but a uniform table can be found."""
+    report = run_here(base, tmp_path / "kv", "--pairs", "KV4", "--baselines", "ladder")
+    assert report["same_as"] == ["KV4", "ladder"]
 
 
 def test_a_given_table_is_measured_instead_of_searched(base, tmp_path):

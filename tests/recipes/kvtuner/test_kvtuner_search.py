@@ -11,14 +11,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes.common.core.cli import RECIPES
 from recipes.common.core.state import World
+from recipes.kvtuner import KVTuner
 from recipes.kvtuner import genetic as nsga2_module
 from recipes.kvtuner import searching as kv_search
 from recipes.kvtuner.allocation import (
     Group,
     cluster,
     depth_table,
+    isolated_losses,
     knapsack,
+    knapsack_genome,
     ladder,
     pareto_pairs,
     random_table,
@@ -26,9 +30,10 @@ from recipes.kvtuner.allocation import (
     table_of,
     uniform_genome,
 )
-from recipes.kvtuner.baselines import baseline_tables, isolated_knapsack
+from recipes.kvtuner.baselines import RANDOM_TABLES, baseline_tables
+from recipes.kvtuner.evidence import same_tables
 from recipes.kvtuner.genetic import constrained_dominates, crowding, hypervolume, nsga2, pareto_front, rank
-from recipes.kvtuner.searching import Evaluations, best, held_out_scores, search
+from recipes.kvtuner.searching import Evaluations, best, best_uniform, held_out_scores, search
 from recipes.kvtuner.tables import (
     FORMATS,
     PAIRS,
@@ -232,7 +237,7 @@ def additive(groups, seed):
 
 
 GROUPS = [Group((i, i + 6), ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))) for i in range(6)]
-SEARCH = {"menu": PAIRS, "max_bits": 4.0, "evals": 150, "population": 20}
+SEARCH = {"menu": PAIRS, "max_bits": 4.0, "evals": 150, "population": 20, "isolated": False}
 
 
 def test_the_same_seed_gives_the_same_search():
@@ -274,7 +279,7 @@ def test_pruning_and_grouping_pay_at_a_small_budget():
     candidates = [pareto_pairs(row) for row in errors]
     grouped = cluster(errors, candidates, 0.05, 2, 8)
     assert len(grouped) <= 8 and any(len(kept) < len(PAIRS) for kept in candidates)
-    options = {"menu": PAIRS, "max_bits": 4.0, "evals": 60, "population": 20}
+    options = {"menu": PAIRS, "max_bits": 4.0, "evals": 60, "population": 20, "isolated": False}
     volumes = [
         sum(
             hypervolume(list(search(groups, errors, evaluate, **options, seed=seed).values()), (10.0, 5.0))
@@ -401,6 +406,43 @@ def test_rules_to_hold_the_search_against():
     assert uniform_genome((4, 4), GROUPS) == (2,) * 6
 
 
+def test_without_groups_the_search_starts_from_exact_knapsacks():
+    """Where uniform tables collapse: of 12 layers 3 need wide values, and 3.25 bits are just enough for them."""
+    menu, alone = ((4, 4), (4, 2)), singles([((4, 4), (4, 2))] * 12)
+    weights = [8.0 if layer % 4 == 1 else 0.1 for layer in range(12)]
+
+    def evaluate(tables):
+        return [(sum(w * (v == 2) for w, (_, v) in zip(weights, t, strict=True)), equivalent_bits(t)) for t in tables]
+
+    options = SEARCH | {"menu": menu, "max_bits": 3.25, "evals": 12, "population": 8, "isolated": True}
+    archive = search(alone, [dict(zip(menu, (0.1, 0.2), strict=True))] * 12, evaluate, **options, seed=0)
+    found = best(archive, 3.25)[0]
+    assert [v for _, v in found] == [4 if layer % 4 == 1 else 2 for layer in range(12)]
+    assert best_uniform(archive, 3.25) == [((4, 2),) * 12] and best_uniform(archive, 2) == []
+    assert len(archive) <= 12 and archive[found][0] == pytest.approx(0.9) and archive[((4, 2),) * 12][0] > 20
+
+
+def test_points_outside_the_corner_have_no_volume():
+    assert hypervolume([], (1.0, 1.0)) == hypervolume([(1.0, 0.5), (0.5, 1.0)], (1.0, 1.0)) == 0
+    assert hypervolume([(0.5, 0.5)], (1.0, 1.0)) == 0.25
+
+
+def test_a_search_that_returns_a_baseline_is_told_by_its_table():
+    uniform, mixed = ((4, 4),) * 3, ((4, 4), (4, 2), (4, 4))
+    models = {"kvtuner": (uniform, PER_TOKEN), "ladder": (uniform, PER_TOKEN), "kivi-4": (uniform, KIVI)}
+    assert same_tables(models, "kvtuner") == ["KV4", "ladder"]  # though KV4 was not measured; KIVI's is another cache
+    assert same_tables({"kvtuner": (mixed, PER_TOKEN), "KV4": (uniform, PER_TOKEN)}, "kvtuner") == []
+    assert same_tables({"kvtuner": (mixed, PER_TOKEN), "knapsack": (mixed, PER_TOKEN)}, "kvtuner") == ["knapsack"]
+
+
+def test_the_paper_search_is_a_flag_away():
+    recipe = KVTuner(**yaml.safe_load((RECIPES / "configs/kvtuner/paper.yaml").read_text()))
+    assert recipe.cluster and recipe.max_bits == 4 and recipe.evals == 200 and recipe.objective == "gsm8k"
+    assert not KVTuner().cluster and KVTuner().max_bits == 3.25 and KVTuner().objective == "kl"
+    assert "clustered" in KVTuner().baseline_names() and "unclustered" in recipe.baseline_names()
+    assert "within-6" in recipe.baseline_names() and "within-4" in KVTuner().baseline_names()
+
+
 def test_the_ladder_takes_the_best_pair_of_each_number_of_bits():
     """Without pruning there are several pairs with as many bits; the steps are those of the pruned candidates."""
     errors = random_errors(4, 1)
@@ -423,7 +465,8 @@ def test_the_knapsack_baseline_uses_all_the_bits_it_has():
         ]
 
     bits = equivalent_bits(((4, 4),) * 4 + ((2, 2),) * 7)
-    found = isolated_knapsack(singles([menu] * 11), bits, evaluate)
+    alone = singles([menu] * 11)
+    found = table_of(knapsack_genome(alone, isolated_losses(alone, evaluate), bits), alone)
     allowed = [t for t in itertools.product(menu, repeat=11) if sum(map(sum, t)) <= 60]
     assert sum(map(sum, found)) == 60 and evaluate([found])[0][0] == min(loss for loss, _ in evaluate(allowed))
 
@@ -434,7 +477,7 @@ def test_the_baselines_have_the_bits_of_the_table():
     table = random_table(candidates, 4.5, 0)
     evaluate = additive(singles(candidates), 2)
     baselines = baseline_tables(
-        ["KV4", "kivi-2", "ladder", "reversed", "random", "knapsack", "depth", "unclustered"],
+        ["KV4", "kivi-2", "ladder", "reversed", "random", "knapsack", "depth", "clustered"],
         table,
         errors,
         candidates,
@@ -442,11 +485,11 @@ def test_the_baselines_have_the_bits_of_the_table():
         form=PER_TOKEN,
         menu=PAIRS,
         seed=0,
-        unclustered=lambda alone: table_of((0,) * len(alone), alone),
+        other_search=lambda: tuple(kept[0] for kept in candidates),
     )
     assert baselines["KV4"] == [(((4, 4),) * 12, PER_TOKEN)] and baselines["kivi-2"] == [(((2, 2),) * 12, KIVI)]
-    assert baselines["unclustered"][0][0] == tuple(kept[0] for kept in candidates)
-    assert len({found for found, _ in baselines["random"]}) == 5
+    assert baselines["clustered"][0][0] == tuple(kept[0] for kept in candidates)
+    assert len({found for found, _ in baselines["random"]}) == RANDOM_TABLES
     for name in ("ladder", "reversed", "random", "knapsack", "depth"):
         bits = [equivalent_bits(found) for found, _ in baselines[name]]
         assert all(equivalent_bits(table) - 1.1 <= b <= equivalent_bits(table) + 0.1 for b in bits), (name, bits)
@@ -475,7 +518,7 @@ def losses(monkeypatch):
     monkeypatch.setattr(kv_search, "quantised_cache", Hook)
 
     def make(folder, processes=None, value=lambda table: float(sum(map(sum, table)))):
-        return Evaluations(None, PER_TOKEN, lambda: value(current[0]), folder, processes or World())
+        return Evaluations(None, PER_TOKEN, value, folder, processes or World())
 
     return make, seen
 

@@ -1,13 +1,18 @@
 """The table that holds the layer-wise quantisation paper's claims against a run's own curves."""
 
+import math
+
 import pytest
 
 from recipes.layerwise_quant.claims import claims_table, close_share
 
 
 def metric(value, spread=None):
+    """With log-likelihoods of five windows for one model, or for two with this deviation."""
     of = "runs" if spread is not None else "windows"
-    return {"value": value, "spread": spread, "n": 3, "n_of": of, "unit": "ppl", "higher_is_better": False}
+    models = [value] if spread is None else [value - spread / 2**0.5, value + spread / 2**0.5]
+    raw = [[math.log(each) + step for step in (-0.4, 0.3, -0.1, 0.25, -0.05)] for each in models]
+    return {"value": value, "spread": spread, "n": 3, "n_of": of, "unit": "ppl", "higher_is_better": False, "raw": raw}
 
 
 def curve(*values, spread=None):
@@ -57,8 +62,16 @@ def test_claims_that_do_not():
     assert seen(claims_table(curves, "lim", curves["lim"][2]["metrics"], baselines(dropped=14), "rtn"))["(c)"] == "no"
 
 
+def test_a_smaller_model_is_beaten_only_where_the_windows_agree():
+    ours, theirs = metric(12.0), metric(12.5)
+    theirs["raw"] = [[a + d for a, d in zip(ours["raw"][0], (0.3, -0.2, 0.1, -0.15, 0.15), strict=True)]]
+    curves, mixture, dropped = {"lim": curve(10, 11, 20)}, {"perplexity/A": ours}, {"perplexity/A": theirs}
+    table = claims_table(curves, "lim", mixture, {"dropped": dropped}, "rtn")
+    assert seen(table)["(c)"] == "no"
+
+
 def test_claims_in_part():
-    curves = {"lim": curve(10, 11.5, 13, 20), "random": curve(10, 14, 14, 20, spread=0.7)}
+    curves = {"lim": curve(10, 11.5, 13.5, 20), "random": curve(10, 14, 14, 20, spread=0.7)}
     table = claims_table(curves, "lim", {}, {}, "gptq")
     assert seen(table) == {
         "(a)": "in part: further than at random",

@@ -15,9 +15,9 @@ from recipes.common.core.state import World
 from recipes.common.export.dense import export_dense
 from recipes.common.loops.streaming import StreamedModel, compress_blocks
 from recipes.common.parts.pruners import LayerStats
+from recipes.common.parts.quantizers import awq, awq_scales, output_loss, rtn
 from recipes.layerwise_quant.folding import folds_of
 from recipes.layerwise_quant.mixtures import QuantRun
-from recipes.layerwise_quant.quantizers import awq, awq_scales, output_loss, rtn
 from zoo.checkpoint import write_checkpoint
 
 METHOD = "layerwise-quant"

@@ -4,7 +4,6 @@ are in test_layerwise_quant_smollm2.py."""
 import hashlib
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import time
 
 import pytest
 import torch
+from launching import ENVIRONMENT, RECIPES, run
 from tiny_models import make_base
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +21,9 @@ from recipes.common.core.cli import main, parse
 from recipes.common.domains.language import Language
 from recipes.common.loops.streaming import InputStatistics, MatrixStore, Method, StreamedModel, Variant, compress_blocks
 from recipes.common.metrics.metric import over_runs
+from recipes.common.parts.quantizers import rtn
 from recipes.layerwise_quant.importance import block_damage, kendall_tau, least_first, lim, score_block, zd
 from recipes.layerwise_quant.plans import cut_plans, order_blocks, parse_levels, plan_bits, step_down
-from recipes.layerwise_quant.quantizers import rtn
 from zoo.errors import UserError
 from zoo.record.format import metric_title
 from zoo.record.verify import verify
@@ -290,7 +290,6 @@ SMALL = {
     "--curve_points": 1,
     "--backend": "gptq",
 }
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -304,17 +303,11 @@ def command(base, output, *more, **changes):
     flags = SMALL | {"--model": base, "--calibration": base.parent / "calibration.txt", "--output": output}
     flags |= {f"--{key}": value for key, value in changes.items()}
     return [
-        sys.executable,
-        "-m",
-        "recipes",
+        *RECIPES,
         "layerwise-quant",
         *(str(x) for pair in flags.items() for x in pair),
         *more,
     ]
-
-
-def run(arguments):
-    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def weights(folder):
@@ -374,7 +367,7 @@ def test_end_to_end(finished):
         output / "README.md"
     ).read_text()
     assert (output / "plots" / "curves.png").exists() and "plots/curves.png" in (output / "README.md").read_text()
-    honest = run([sys.executable, "-m", "recipes", "verify", str(output)])
+    honest = run([*RECIPES, "verify", str(output)])
     assert honest.returncode == 0, honest.stdout + honest.stderr
 
 
@@ -444,6 +437,7 @@ def test_the_other_ways(base, tmp_path, changes, said):
     assert {spec["zeros"] for spec in config["modules"].values()} == {zeros}
     if "keep" in changes:
         assert config["bits_by_layer"] == {"0": 4, "1": 4, "2": 3, "3": 3}
+        assert "depth" in report["same_as"] and "(the same as " in (output / "README.md").read_text()
     if changes.get("importance") == "sensitivity":
         scores, low = scores_of(report)
         damage = scores["sensitivity"]

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.common.data.base_models import resolve_model
 from recipes.common.data.texts import calibration_windows, evaluation_windows, load_text
+from recipes.common.parts.quantizers import rtn
 from recipes.layerwise_quant.importance import kendall_tau, least_first, lim
-from recipes.layerwise_quant.quantizers import rtn
 
 GROUP = 64
 HALF = 15  # blocks lowered, of 30

@@ -33,6 +33,7 @@ from recipes.lpvit.blocks import (
     block_sums,
     count_macs,
     distortion_curve,
+    magnitude_scores,
     matrix,
     mean_gradients,
     reconstruct,
@@ -85,6 +86,20 @@ def calibrated():
 
 
 # ------------------------------------------------------------------------------------------------------------- budgets
+
+
+def test_lpvit_code_counts_by_its_curves_and_keeps_the_largest_blocks(calibrated):
+    """As the authors' code runs: its caller's order for the masks is not read, and mean |W| is the default."""
+    code = replace(OWN, **BASELINES["lpvit-code"])
+    assert (code.rank, code.mask_rank, OWN.mask_rank) == ("taylor", "l1", None)
+    masks = choose_blocks(calibrated, code, 0.5)
+    one_order = choose_blocks(calibrated, replace(code, mask_rank=None), 0.5)
+    for name, keep in masks.items():
+        assert keep.sum() == one_order[name].sum()
+        means = magnitude_scores(matrix(calibrated.layers[name]).detach(), calibrated.block)
+        if 0 < keep.sum() < keep.numel():
+            assert means[keep].min() >= means[~keep].max()
+    assert any(not torch.equal(keep, one_order[name]) for name, keep in masks.items())
 
 
 @pytest.mark.parametrize("budget", ["flops", "params", "energy"])

@@ -31,7 +31,7 @@ from recipes.common.loops.training import Schedule, apply_masks, make_optimizer,
 from recipes.common.metrics import images as image_metrics
 from recipes.common.parts.densities import mac_ratio, prunable_layers
 from recipes.common.parts.scores import grasp_scores, keep_fractions, snip_scores, top_masks
-from recipes.random_pruning import POSITIONS, SMALL, RandomPruning, snip_batches
+from recipes.random_pruning import MAGNITUDE, POSITIONS, SMALL, RandomPruning, snip_batches
 from recipes.random_pruning.networks import kaiming, live_weights, narrowed
 from recipes.random_pruning.packing import pack_masked
 from zoo.checkpoint import save_checkpoint
@@ -474,6 +474,25 @@ def test_the_sample_of_grasp(run):
     assert set(first["labels"].tolist()) == set(range(5)) and set(second["labels"].tolist()) == set(range(5, 10))
     with pytest.raises(UserError, match="--grasp_samples_per_class 31: a class has 30"):
         list(replace(made, grasp_samples_per_class=31).grasp_sample(run, 0))
+
+
+def test_magnitude_is_trained_after_pruning_as_long_and_as_fast_as_all_others(run, monkeypatch):
+    made, trained = recipe(density=0.1), {}
+
+    def record(model, key, seed, *, masks=None, schedule=None, **_):
+        trained[key] = (schedule or made.training, {name: mask.clone() for name, mask in masks.items()})
+        return model
+
+    monkeypatch.setattr(run, "train", record)
+    monkeypatch.setattr(run, "trained", lambda variant, seed: tiny())
+    for variant in (made.method, MAGNITUDE):
+        made.make(run, variant, 0)
+    (own, random), (schedule, masks) = trained[made.method], trained[MAGNITUDE]
+    assert schedule == own == made.training
+    assert sum(mask.sum() for mask in masks.values()) == sum(mask.sum() for mask in random.values())
+    for name, mask in masks.items():
+        weight = tiny().get_parameter(name).abs()
+        assert not mask.any() or mask.all() or weight[mask].min() >= weight[~mask].max()
 
 
 # ------------------------------------------------------------------------------------------ evaluation beyond accuracy

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.kernels import build
+from zoo.kernels import libraries
 from zoo.kernels.block_sparse_linear import block_sparse_linear
 from zoo.kernels.block_sparse_linear.reference import block_sparse_linear as definition
 from zoo.kernels.block_sparse_linear.reference import pack_blocks, unpack_blocks
@@ -16,7 +16,7 @@ from zoo.layers.block_sparse import BlockSparseLinear
 from zoo.layers.packing import pack_layers, row_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = build.LEVELS[: build.library("bitmask_linear").slimzoo_level() + 1]
+LEVELS = libraries.LEVELS[: libraries.library("bitmask_linear").slimzoo_level() + 1]
 SHAPES = [  # d_out, d_in, block: whole, ragged, of few outputs, wider than a register, larger than the matrix
     (96, 128, (16, 16)),
     (128, 96, (32, 32)),
@@ -78,11 +78,11 @@ def test_equals_the_masked_dense_weight_on_every_level(dtype, d_out, d_in, block
 def test_any_shape_any_block(d_out, d_in, block, tokens, density, dtype, level, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIMZOO_SIMD", level)
-        build.level.cache_clear()
+        libraries.level.cache_clear()
         weight, packed, bias = example(d_out, d_in, block, density, dtype, seed)
         x = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
         close(block_sparse_linear(x, **packed, bias=bias, d_out=d_out), x, weight, bias)
-    build.level.cache_clear()
+    libraries.level.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [3, 300])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.kernels import build
+from zoo.kernels import libraries
 from zoo.kernels.armor_linear import armor_linear
 from zoo.kernels.armor_linear.reference import armor_linear as armor_definition
 from zoo.kernels.bitmask_linear import bitmask_linear
@@ -15,17 +15,17 @@ from zoo.kernels.block_diagonal_linear import block_diagonal_linear
 from zoo.kernels.block_diagonal_linear.reference import block_diagonal_linear as block_definition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BEST = build.library("bitmask_linear").slimzoo_level()
-LEVELS = build.LEVELS[: BEST + 1]
+BEST = libraries.library("bitmask_linear").slimzoo_level()
+LEVELS = libraries.LEVELS[: BEST + 1]
 ROWS = [0, 1, 3, 8, 17, 32, 33]  # none, decode, batches, more than the vectors of a pass, the last skinny one, prefill
 
 
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     monkeypatch.setenv("SLIMZOO_SIMD", request.param)
-    build.level.cache_clear()
+    libraries.level.cache_clear()
     yield request.param
-    build.level.cache_clear()
+    libraries.level.cache_clear()
 
 
 def close(ours, definition, x, dtype, terms):
@@ -79,11 +79,11 @@ def test_bitmask_linear_2_of_4(level, dtype, rows, d_out, d_in):
 def test_bitmask_linear_unstructured(rows, d_out, d_in, density, dtype, name, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIMZOO_SIMD", name)
-        build.level.cache_clear()
+        libraries.level.cache_clear()
         x, (values, mask, offsets), bias = example(rows, d_out, d_in, dtype, density, seed)
         ours = bitmask_linear(x, values, mask, bias, offsets)
         close(ours, bitmask_definition(x, values, mask, bias, offsets), x, dtype, d_in)
-    build.level.cache_clear()
+    libraries.level.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

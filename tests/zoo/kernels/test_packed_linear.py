@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.kernels import build
+from zoo.kernels import libraries
 from zoo.kernels.packed_linear import packed_linear
 from zoo.kernels.packed_linear.reference import SECTIONS, dequantize, pack_codes, unpack_codes
 from zoo.kernels.packed_linear.reference import packed_linear as definition
@@ -15,7 +15,7 @@ from zoo.layers.packed_bits import PackedBitsLinear
 from zoo.layers.packing import pack_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = build.LEVELS[: build.library("bitmask_linear").slimzoo_level() + 1]
+LEVELS = libraries.LEVELS[: libraries.library("bitmask_linear").slimzoo_level() + 1]
 KINDS = ["none", "integer", "float"]
 
 
@@ -85,7 +85,7 @@ def test_every_level_is_within_the_rounding_of_its_dtype(level, bits, simd):
 def test_any_shape_and_any_size_of_numbers(d_out, chunks, rows, bits, kind, whole, level, scale):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIMZOO_SIMD", level)
-        build.level.cache_clear()
+        libraries.level.cache_clear()
         g = torch.Generator().manual_seed(d_out * 100 + chunks)
         d_in, group = 32 * chunks, -1 if whole else 32
         _, packed = weights(d_out, d_in, bits, group, kind, torch.float32, g)
@@ -94,7 +94,7 @@ def test_any_shape_and_any_size_of_numbers(d_out, chunks, rows, bits, kind, whol
         y = packed_linear(x, *packed, bits=bits, group_size=group)
         assert y.shape == (rows, d_out)
         assert not rows or error(y, x, W, None) < 1e-5 or (x.abs().max() < 1e-28 and y.abs().max() < 1e-26)
-    build.level.cache_clear()
+    libraries.level.cache_clear()
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from zoo.kernels import sparse_conv2d as package
 from zoo.kernels.bitmask_linear.reference import pack_bitmask
-from zoo.kernels.build import LEVELS, level
+from zoo.kernels.libraries import LEVELS, level
 from zoo.kernels.sparse_conv2d import sparse_conv2d
 from zoo.kernels.sparse_conv2d.reference import sparse_conv2d as reference
 
@@ -44,7 +44,7 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_equals_conv2d_with_the_masked_weight(name, simd, monkeypatch):
     monkeypatch.setattr(package, "DENSEST", 1.0)
-    monkeypatch.setattr(package, "level", lambda: min(simd, level()))
+    monkeypatch.setattr(package, "level", lambda lib: min(simd, level(lib)))
     geometry = {"kernel": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1} | GEOMETRIES[
         name
     ]

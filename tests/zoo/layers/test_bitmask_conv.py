@@ -222,6 +222,15 @@ def test_a_tampered_seed_layer_count_or_digest_is_refused():
             model["fc"](torch.ones(1, 36))
 
 
+def test_a_mask_much_larger_than_what_is_stored_is_never_drawn():
+    spec = seeded_spec(6, 36, 9)
+    for size, nnz in ((2**20, 9), (2**14 + 1, 2**24)):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(size, size if nnz > 9 else 64))
+        with pytest.raises(UserError, match="drawing that mask would take the memory"):
+            pack_layers(model, {"0": spec | {"nnz": nnz}})
+
+
 def test_seed_coded_layers_store_values_only():
     layer, _ = example("seeded_bitmask", "3x3")
     assert layer.state_dict().keys() == {"values", "bias"}

@@ -105,7 +105,7 @@ def test_every_baseline_is_described_once_and_as_its_recipe_means_it():
     names = [line.partition(":")[0] for line in lines if not line.startswith("#")]
     assert len(set(names)) == len(names)
     assert "three draws" in baseline_texts("layerwise-quant")["random"]
-    assert "five random tables" in baseline_texts("kvtuner")["random"]
+    assert "three random tables" in baseline_texts("kvtuner")["random"]
 
 
 @pytest.mark.parametrize("method", ["armor", *sorted(baseline_texts().keys() - {"sparsegpt+rank", "armor-no-refit"})])
@@ -121,17 +121,36 @@ def test_every_method_of_the_recipe_has_a_card(method):
     "ours, baseline, verdict", [(10.0, 10.5, 1), (10.5, 10.0, -1), (10.0, 10.1, 0), (10.0, 10.0, 0)], ids=str
 )
 def test_comparison_has_the_sign_of_the_metric_and_respects_the_spread(higher, ours, baseline, verdict):
-    pair = [metric(v, 0.1, 2, "seeds", "ppl", higher, values=[v - 0.05, v + 0.05]) for v in (ours, baseline)]
+    rows = [metric(v, 0.1, 2, "seeds", "ppl", higher, values=[v - 0.05, v + 0.05]) for v in (ours, baseline, 9.0)]
     expected = {0: "undecided", 1: "better", -1: "worse"}[-verdict if higher else verdict]
-    assert compare(example_report(), "perplexity/A", *pair) == expected
+    assert compare(unpaired(*rows), "perplexity/A", "wanda") == expected
+
+
+def unpaired(ours, baseline, dense, key="perplexity/A"):
+    """A report as they were before values of single windows were kept."""
+    report = example_report()
+    del report["paired"]
+    report["compressed"][key], report["baselines"]["wanda"][key], report["dense"][key] = ours, baseline, dense
+    return report
+
+
+@pytest.mark.parametrize("ours, verdict", [(10.0, "undecided"), (2.0, "better")])
+def test_without_pairs_the_scatter_of_windows_counts(ours, verdict):
+    rows = [metric(v, v * 0.1, 12) for v in (ours, 10.4, 9.8)]
+    assert compare(unpaired(*rows), "perplexity/A", "wanda") == verdict
+    over_seeds = [metric(v, 0.001, 2, "seeds", values=[v, v]) for v in (ours, 10.4)]
+    assert compare(unpaired(*over_seeds, rows[2]), "perplexity/A", "wanda") == verdict
+
+
+def test_of_an_unknown_scatter_nothing_is_said():
+    rows = [metric(v, None, 1) for v in (1.5, 99.0, 1.4)]
+    assert compare(unpaired(*rows), "perplexity/A", "wanda") == "undecided"
 
 
 def test_an_accuracy_on_few_items_is_not_a_gain():
-    report = example_report()
-    pair = [metric(v, None, 9, "items", "fraction", True) for v in (0.55, 0.50)]
     for items, verdict in ((211, "undecided"), (100_000, "better")):
-        report["dense"]["acc/riddles"]["n"] = items
-        assert compare(report, "acc/riddles", *pair) == verdict
+        rows = [metric(v, None, items, "items", "fraction", True) for v in (0.55, 0.50, 0.60)]
+        assert compare(unpaired(*rows, key="acc/riddles"), "acc/riddles", "wanda") == verdict
 
 
 def test_a_gain_that_did_not_appear_is_said():
@@ -139,8 +158,8 @@ def test_a_gain_that_did_not_appear_is_said():
     text = ModelCard(render_card(report, repo_id=None)).text
     (wanda,) = re.findall(r"armor against wanda: .*", text)
     (sparsegpt,) = re.findall(r"armor against sparsegpt: .*", text)
-    assert "No gain" not in wanda and "better on perplexity A (-38.4 %)" in wanda
-    assert "No gain over it was measured." in sparsegpt and "worse on perplexity A (+4.1 %)" in sparsegpt
+    assert "No gain" not in wanda and "better on perplexity A (-38.4 ± 1.3 %)" in wanda
+    assert "No gain over it was measured." in sparsegpt and "worse on perplexity A (+4.1 ± 1.8 %)" in sparsegpt
     assert "Faster: decode against dense bf16, decode against dense fp32; slower: prefill against dense bf16." in text
     report["speed"]["decode"]["ratio_to_dense_bf16"]["spread"] = 0.3  # 1.47 is then not told from 1
     del report["speed"]["decode"]["ratio_to_dense_fp32"]
@@ -219,7 +238,7 @@ def nested(report, path, value):
 @pytest.mark.parametrize(
     "path, value, said",
     [
-        ("schema_version", 3, "schema_version 3"),
+        ("schema_version", 4, "schema_version 4"),
         ("data|calibration|sha256", None, "report.data.calibration lacks sha256"),
         ("size|compressed_bites", 5, "report.size.compressed_bites is unknown"),
         ("size|nonzero", 0, "size.nonzero is 0"),
@@ -265,3 +284,27 @@ def test_a_broken_report_is_refused_by_name(path, value, said):
     nested(report, path, value)
     with pytest.raises(UserError, match=said):
         check_report(report)
+
+
+def test_a_card_says_first_that_the_method_returned_a_baseline():
+    """In its title and its first sentence; without the finding the card is as ever."""
+    report = example_report()
+    plain = render_card(report, repo_id=None)
+    found = render_card(report | {"same_as": ["wanda", "magnitude"]}, repo_id=None)
+    title, first = found.split("---\n")[2].strip().splitlines()[0:3:2]
+    assert title == "# base-model-armor (the same as wanda)"
+    assert "What the method returned here is a baseline, wanda" in first and "magnitude" in first
+    assert first.index("baseline, wanda") < first.index("Every linear weight")
+    assert "same as wanda" not in plain and "is a baseline" not in plain
+
+
+def test_a_card_says_first_which_baselines_are_smaller_and_better():
+    report = example_report()
+    key = "perplexity/A"
+    assert "No larger and better" not in render_card(report, repo_id=None)
+    for name, ppl, size, told in (("wanda", 1.5, 10, True), ("wanda", 1.5, 10**9, False), ("wanda", 1e4, 10, False)):
+        baselines = {name: report["compressed"] | {key: metric(ppl, 0.01)}}
+        changed = report | {"baselines": baselines, "size": report["size"] | {"baselines": {name: size}}}
+        changed = {k: v for k, v in changed.items() if k != "paired"}
+        first = render_card(changed, repo_id=None).split("---\n")[2].strip().splitlines()[2]
+        assert ("No larger and better here: wanda" in first) == told, (ppl, size)

@@ -5,15 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 from example_report import write_run
-from hub_double import TOKEN, hub_double
+from hub_double import TOKEN, Repository, hub_double
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo  # noqa: F401  (registers the classes)
+from zoo.errors import UserError
+from zoo.record.hub import assemble_space, publish
 
+SPACES = Path(__file__).parents[3] / "spaces"
 PUBLISH = """
 import sys
 from zoo.errors import UserError
@@ -131,3 +136,50 @@ def test_refusals_create_nothing(hub, client, checkpoint, tmp_path):
         process = client(PUBLISH, folder, name, token=token)
         assert process.returncode == 1 and "refused: " in process.stderr and message in process.stderr
     assert not hub.repositories
+
+
+# ---------------------------------------------------------------------------------------------------------------- Spaces
+
+
+def python_without_us(*arguments, place):
+    """Python that sees installed packages but not our editable install, for which `site` would be needed."""
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@only_lfs
+def test_a_published_space_starts_with_what_it_brings(hub, client, tmp_path):
+    hub.repositories["spaces/org/space"] = Repository()
+    hub.repositories["spaces/org/space"].commit({"zoo/gone.py": ("regular", b"", 0), "LICENSE": ("regular", b"", 0)})
+    url = succeed(client(PUBLISH, SPACES / "armor", "org/space", "v1")).strip()
+    assert hub.repositories["spaces/org/space"].tags["v1"] == url.rpartition("/")[2]
+    space = hub.download("spaces/org/space", tmp_path / "space")
+    assert (space / "LICENSE").is_file() and not (space / "zoo" / "gone.py").exists()
+    assert "No module named 'zoo'" in python_without_us("-c", "import zoo", place=tmp_path).stderr
+    process = python_without_us("app.py", "--help", place=space)
+    assert process.returncode == 0 and "--checkpoint" in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("name", [folder.name for folder in SPACES.iterdir()])
+def test_a_space_needs_public_packages_only(name, tmp_path):
+    space = assemble_space(SPACES / name, tmp_path / "space")
+    needed = (space / "requirements.txt").read_text().splitlines()
+    assert not [line for line in needed if "slimzoo" in line] and len(set(needed)) == len(needed)
+    assert {"torch<3,>=2.8", "gradio<7,>=6.0"} <= {line.replace(">=6.0,<7", "<7,>=6.0") for line in needed}
+    assert (space / "zoo" / "kernels" / "packed_linear" / "cpu.cpp").is_file()
+    assert (space / "recipes").is_dir() == (name == "layerwise-quant") == any("lm-eval" in line for line in needed)
+    assert not list(space.rglob("__pycache__"))
+
+
+def test_a_folder_that_is_no_space_is_refused(tmp_path):
+    folder = tmp_path / "space"
+    shutil.copytree(SPACES / "armor", folder)
+    (folder / "requirements.txt").unlink()
+    with pytest.raises(UserError, match="lacks requirements.txt: a Space has"):
+        publish(folder, "org/space")
+    (folder / "requirements.txt").touch()
+    (folder / "README.md").write_text("---\nsdk: docker\n---\n")
+    with pytest.raises(UserError, match="sdk: gradio"):
+        publish(folder, "org/space")

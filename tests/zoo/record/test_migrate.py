@@ -29,7 +29,7 @@ def new():
 
 
 def test_only_what_belonged_to_single_papers_is_changed(old, new):
-    assert new["schema_version"] == SCHEMA_VERSION == 2
+    assert new["schema_version"] == SCHEMA_VERSION == 3
     same = old.keys() - {"schema_version", "tables", "cache", "importance", "curves"}
     assert {key: new[key] for key in same} == {key: old[key] for key in same}
     assert new.keys() - same == {"schema_version", "tables", "figures", "footprint", "settings"}
@@ -78,10 +78,19 @@ def test_the_numbers_of_the_blocks_are_the_same(old, new):
         assert (guide["x"], guide["y"]) == (lines[0]["x"][::2], lines[0]["y"][::2])
 
 
-def test_no_line_of_the_old_card_is_lost(new):
+def test_no_row_of_the_old_card_is_lost(new):
     card, now = (VERSION_1 / "README.md").read_text().splitlines(), render_card(new, repo_id=None).splitlines()
-    assert [line for line in card if line not in now] == []
-    assert [line for line in now if line not in card] == ["KV cache:", "Sensitivity of the layers:"]
+    front = card.index("---", 1)
+    assert card[: front + 1] == now[: front + 1]
+    for lines, others in ((card, now), (now, card)):
+        assert [line for line in lines if line.startswith("|") and line not in others] == []
+    assert {"KV cache:", "Sensitivity of the layers:"} <= set(now) - set(card)
+
+
+def test_verdicts_of_one_seed_are_taken_back(new):
+    (now,) = [line for line in render_card(new, repo_id=None).splitlines() if line.startswith("- kvtuner against KV4")]
+    assert "- kvtuner against KV4: better on perplexity A (-3.0 %); undecided" in (VERSION_1 / "README.md").read_text()
+    assert "undecided on perplexity A (-3.0 %), acc riddles" in now and "paired" not in new
 
 
 def problems(folder, check="card"):
@@ -95,6 +104,10 @@ def problems(folder, check="card"):
         ("| **kvtuner** | **12.57** | **0.498** |", "| **kvtuner** | **12.51** | **0.498** |"),
         ("| KV4 | 4.00 | 5.00 | 960 | 31.2 % | 0.1045 |", "| KV4 | 4.00 | 5.00 | 960 | 31.2 % | 0.1046 |"),
         ("| random | 20.74 | 27.38 ± 0.79 | 135.01 |", "| random | 20.74 | 27.38 ± 0.97 | 135.01 |"),
+        (
+            "- kvtuner against KV4: better on perplexity A (-3.0 %); undecided on acc riddles (+2.7 points).",
+            "- kvtuner against KV4: better on perplexity A (-9.0 %); undecided on acc riddles (+2.7 points).",
+        ),
     ],
 )
 def test_an_old_folder_verifies_and_a_changed_digit_is_found(folder, line, forged):

@@ -1,6 +1,7 @@
 """verify: a folder as a recipe left it passes, and each kind of tampering or damage fails by name."""
 
 import json
+import math
 import re
 import shutil
 
@@ -14,6 +15,7 @@ from zoo.folder import open_folder
 from zoo.layers.packing import row_bytes
 from zoo.record.card import render_card
 from zoo.record.hub import check_folder
+from zoo.record.measurements import FILE, paired_differences, read_measurements, write_measurements
 from zoo.record.verify import hash_files, verify
 
 PROJECTION = "model.layers.1.mlp.up_proj"
@@ -42,7 +44,7 @@ def folder(finished, tmp_path):
 def stock(finished, tmp_path):
     """A run that packed nothing: its model is a stock folder, as of a fine-tuned model or one of fewer blocks."""
     folder = shutil.copytree(finished.parent / f"base-{finished.name}", tmp_path / "stock")
-    for name in ("report.json", "recipe.yaml"):
+    for name in ("report.json", "recipe.yaml", FILE):
         shutil.copy(finished / name, folder)
     rewrite(folder, lambda report: report.update(layers=[], size=open_folder(folder).sizes()))
     return folder
@@ -143,7 +145,7 @@ def test_a_published_card_names_its_repository_and_passes(folder):
         (edit("README.md", "value: 12.51", "value: 9.99"), "card", "value: 9.99"),
         (edit("report.json", '"value": 12.51', '"value": 9.99'), "report", "perplexity/A: value 9.99"),
         (edit("report.json", '"seconds": 12.5', '"seconds": 12.5e4'), "card", "The run took"),
-        (edit("report.json", '"schema_version": 2', '"schema_version": NaN'), "report", "NaN is not a number"),
+        (edit("report.json", '"schema_version": 3', '"schema_version": NaN'), "report", "NaN is not a number"),
         (edit("recipe.yaml", "iters: 654", "iters: 655"), "config", "recipe.yaml"),
         (
             edit("slimzoo_layers_armor.py", "import torch", "import torch, os"),
@@ -205,8 +207,95 @@ def forged(value):
     return change
 
 
-def test_a_forgery_that_is_consistent_is_found_by_measuring(folder):
+def test_a_forged_mean_is_not_that_of_its_windows(folder):
     rewrite(folder, forged(11.0))
+    (finding,) = failures(folder, None)
+    assert finding.check == "measurements" and "perplexity/A of armor is [11.0, 11.0] in the report" in finding.message
+
+
+def shift(raw, by):
+    """All windows of all seeds."""
+    return [[[x + by for x in windows] for windows in models] for models in raw]
+
+
+@pytest.mark.parametrize(
+    "tamper, said",
+    [
+        (
+            lambda kept, paired: kept["wanda"].update({"perplexity/A": shift(kept["wanda"]["perplexity/A"], 0.1)}),
+            "of wanda",
+        ),
+        (lambda kept, paired: kept["armor"]["perplexity/A"][0][0].reverse(), "against dense"),  # the mean is the same
+        (lambda kept, paired: kept["armor"]["perplexity/A"].pop(), "of armor is"),
+        (lambda kept, paired: kept["dense"]["perplexity/B"][0][0].pop(), "perplexity/B of dense is"),
+        (lambda kept, paired: kept.pop("sparsegpt"), "is about dense, armor, wanda, the report about"),
+        (lambda kept, paired: kept["armor"].pop("perplexity/B"), "perplexity/B against dense"),
+        (lambda kept, paired: kept["armor"].update(extra=[[[1]]]), "extra of armor, which the report does not claim"),
+        (lambda kept, paired: paired["wanda"]["perplexity/A"].update(error=1e-4), "perplexity/A against wanda"),
+        (lambda kept, paired: paired["dense"]["perplexity/A"].update(difference=-0.3), "perplexity/A against dense"),
+        (lambda kept, paired: paired["wanda"]["perplexity/A"].update(n=700), "perplexity/A against wanda"),
+        (lambda kept, paired: paired.pop("dense"), "against dense: the report claims None"),
+    ],
+)
+def test_values_of_windows_and_verdicts_have_to_agree(folder, tamper, said):
+    """Even with hashes made anew."""
+    kept = read_measurements(folder)
+
+    def change(report):
+        tamper(kept, report["paired"])
+        write_measurements(kept, folder)
+
+    rewrite(folder, change)
+    found = failures(folder, None)
+    assert found and {finding.check for finding in found} == {"measurements"}
+    assert any(said in finding.message for finding in found), found
+
+
+def test_the_file_of_values_has_its_hash_and_may_not_be_missing(folder):
+    path = folder / FILE
+    path.write_text(path.read_text().replace("]]]}}}", "]]]}}} "))
+    (finding,) = failures(folder, None)
+    assert finding.check == "files" and f"{FILE} is not the file that was measured" in finding.message
+    path.unlink()
+    assert {finding.check for finding in failures(folder, None)} == {"files", "measurements"}
+
+
+def test_a_folder_without_values_of_windows_is_not_paired_and_verifies(folder):
+    """As those of earlier versions."""
+    (folder / FILE).unlink()
+    rewrite(folder, lambda report: report.pop("paired"))
+    assert failures(folder) == []
+    (finding,) = [finding for finding in verify(folder, claims) if finding.check == "measurements"]
+    assert "not paired" in finding.message
+
+
+@pytest.mark.parametrize("measured, ok", [(0.0210, True), (0.0214, True), (0.0229, False), (None, True)])
+def test_fidelity_is_measured_again_or_said_to_be_skipped(folder, measured, ok):
+    own = {"value": 0.021, "spread": 0.002, "n": 7, "n_of": "windows", "unit": "kl", "higher_is_better": False}
+
+    def change(report):
+        report["compressed"]["kl"] = own
+        for rows in (report["dense"], *report["baselines"].values()):
+            rows["kl"] = own
+
+    rewrite(folder, change)
+    again = {} if measured is None else {"kl": {"value": measured, "n": 7}}
+    found = {f.check: f for f in verify(folder, lambda *arguments: claims(*arguments) | again)}
+    assert found["kl"].ok == ok and ("dense model is not at hand" in found["kl"].message) == (measured is None)
+
+
+def test_a_forgery_that_is_consistent_is_found_by_measuring(folder):
+    kept = read_measurements(folder)
+    kept["armor"]["perplexity/A"] = [
+        shift(kept["armor"]["perplexity/A"], math.log(11 / value))[seed] for seed, value in enumerate((12.41, 12.61))
+    ]
+
+    def change(report):
+        forged(11.0)(report)
+        report["paired"] = paired_differences(kept, "armor")
+        write_measurements(kept, folder)
+
+    rewrite(folder, change)
     assert failures(folder, None) == []
     (finding,) = failures(folder)
     assert (finding.check, finding.message) == ("perplexity/A", "claimed 11, measured 12.41")
@@ -226,6 +315,22 @@ def test_a_forgery_that_is_consistent_is_found_by_measuring(folder):
 def test_measured_values_have_to_agree(folder, key, measured, ok):
     found = failures(folder, lambda *arguments: claims(*arguments) | {key: measured})
     assert [finding.check for finding in found] == ([] if ok else [key])
+
+
+def test_every_window_is_measured_again(folder):
+    """Two that are swapped, their mean and all that follows from it the same for this model alone."""
+    kept = read_measurements(folder)
+    windows = kept["armor"]["perplexity/A"][0][0]
+    windows[1], windows[4] = windows[4], windows[1]
+
+    def change(report):
+        report["paired"] = paired_differences(kept, "armor")
+        write_measurements(kept, folder)
+
+    rewrite(folder, change)
+    assert failures(folder, None) == []
+    found = failures(folder)
+    assert len(found) == 2 and all("of number" in finding.message for finding in found)
 
 
 def test_what_cannot_be_measured_again_fails(folder):

@@ -5,38 +5,38 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..bitmask_linear import expanded_tiles
-from ..bitmask_linear.reference import unpack_bitmask
+from ..bitmask_linear import expanded_tiles, prove_bitmask
+from ..bitmask_linear.reference import misfit, unpack_bitmask
 from ..block_diagonal_linear import block_diagonal_product
-from ..build import DTYPES, integers, level, library, pointer
+from ..libraries import DTYPES, integers, level, library, pointer
 from ..ops import SKINNY, check_floats, define, linear_shape, on_gpu, scratch
 from .gpu import armor_linear_triton
 from .reference import armor_linear as armor_linear_reference
 
 
 def _compute(x: Tensor, wrap_in: Tensor, values: Tensor, mask: Tensor, wrap_out: Tensor, bias: Tensor | None) -> Tensor:
-    if on_gpu(x):
-        return armor_linear_triton(x, wrap_in, values, mask, wrap_out, bias)
-    lib = library("armor_linear") if x.device.type == "cpu" else None
-    if lib is None or x.numel() == 0:
-        return armor_linear_reference(x, wrap_in, values, mask, wrap_out, bias)
     d_out, d_in = len(mask), x.shape[-1]
-    rows = x.reshape(-1, d_in).contiguous()
-    if len(rows) > SKINNY:  # the wrappers act on the activations: 2 (b_in d_in + b_out d_out) FLOP per row of x
-        out = _expanded_product(
-            library("bitmask_linear"), rows, wrap_in, values.contiguous(), mask.contiguous(), wrap_out
-        )
+    many = x.numel() > SKINNY * d_in
+    lib = library("bitmask_linear" if many else "armor_linear") if x.device.type == "cpu" else None
+    if lib is None or x.numel() == 0:
+        prove_bitmask("armor_linear", values, mask, d_in, None)
+        compute = armor_linear_triton if on_gpu(x) else armor_linear_reference
+        return compute(x, wrap_in, values, mask, wrap_out, bias)
+    rows = x.view(-1, d_in)
+    if many:  # the wrappers act on the activations: 2 (b_in d_in + b_out d_out) FLOP per row of x
+        out = _expanded_product(lib, rows, wrap_in, values, mask, wrap_out)
         out = out if bias is None else out.add_(bias)
     else:
         out = x.new_empty(len(rows), d_out)
-        weights = (wrap_in.contiguous(), values.contiguous(), mask.contiguous(), wrap_out.contiguous())
-        lib.slimzoo_armor_linear(
-            *map(pointer, (rows, *weights, bias, out)),
+        wrong = lib.slimzoo_armor_linear(
+            *map(pointer, (rows, wrap_in, values, mask, wrap_out, bias, out)),
             *integers(len(rows), d_out, d_in, wrap_out.shape[1], wrap_in.shape[1], values.shape[1]),
             DTYPES[x.dtype],
-            level(),
+            level(lib),
             torch.get_num_threads(),
         )
+        if wrong:
+            raise misfit("armor_linear")
     return out.view(*x.shape[:-1], d_out)
 
 
@@ -75,7 +75,7 @@ def armor_linear(
 ) -> Tensor:
     """x (..., d_in) -> A'(S(B' x)) + bias (..., d_out); arguments as in `reference.py`, differentiable in x.
 
-    Raises: ValueError when shapes, dtypes or devices do not fit.
+    Raises: ValueError when shapes, dtypes or devices do not fit; UserError as `bitmask_linear`.
     """
     check_floats("armor_linear", x, wrap_in=wrap_in, values=values, wrap_out=wrap_out, bias=bias)
     if not (mask.dtype == torch.uint8 and mask.ndim == 2):

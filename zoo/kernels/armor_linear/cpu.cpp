@@ -2,18 +2,19 @@
 // barrier, then each block row of A' with the rows of S that feed it. What passes between the products stays in cache.
 //
 // Bytes at batch 1, bf16: 9/16 of the dense weight for S, and 2 (b_out d_out + b_in d_in) for the wrappers.
-#include <omp.h>
 
 #include "simd.hpp"
 
-extern "C" void slimzoo_armor_linear(const void* x, const void* wrap_in, const void* values, const uint8_t* mask,
+// y (n, d_out); all floats of one dtype. Not 0, and y is not to be used, when a row of the mask does not keep per_row columns.
+EXPORT int slimzoo_armor_linear(const void* x, const void* wrap_in, const void* values, const uint8_t* mask,
                                      const void* wrap_out, const void* bias, void* y, int64_t n, int64_t d_out,
                                      int64_t d_in, int64_t b_out, int64_t b_in, int64_t per_row, int dtype, int level,
                                      int threads) {
   int64_t item = item_size(dtype), bytes = (d_in + 7) / 8;
+  int misfits = 0;
   Vectors vectors(n, d_in), u(n, d_in);
   vectors.fill(x, dtype);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(| : misfits)
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < d_in; i++)
@@ -27,10 +28,16 @@ extern "C" void slimzoo_armor_linear(const void* x, const void* wrap_in, const v
         int rows = (int)std::min<int64_t>(ROWS_AT_ONCE, b_out - i);
         Row group[ROWS_AT_ONCE];
         int64_t kept[ROWS_AT_ONCE];
+        bool fits = true;
         for (int r = 0; r < rows; r++) {
           int64_t row = m * b_out + i + r;
           group[r] = {(const uint8_t*)values + row * per_row * item, mask + row * bytes, bytes};
           kept[r] = per_row;
+          fits &= keeps(level, group[r].mask, d_in, per_row);
+        }
+        if (!fits) {
+          misfits = 1;
+          continue;
         }
         float out[ROWS_AT_ONCE * MAX_VECTORS];
         for (int64_t first = 0; first < n; first += MAX_VECTORS) {
@@ -50,4 +57,5 @@ extern "C" void slimzoo_armor_linear(const void* x, const void* wrap_in, const v
       }
     }
   }
+  return misfits;
 }

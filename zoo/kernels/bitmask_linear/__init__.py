@@ -6,36 +6,49 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..build import DTYPES, integers, level, library, pointer
-from ..ops import FLOATS, SKINNY, check_floats, define, define_plain, linear_shape, on_gpu, scratch
+from ..libraries import DTYPES, integers, level, library, pointer
+from ..ops import FLOATS, SKINNY, check_floats, define, define_plain, linear_shape, on_gpu, prove, scratch
 from .gpu import bitmask_linear_triton, expand_triton
 from .reference import bitmask_linear as bitmask_linear_reference
-from .reference import unpack_bitmask
+from .reference import check_bitmask, misfit, unpack_bitmask
 
 TILE_BYTES = 32 << 20  # of expanded weight at a time; smaller tiles cost the dense product more than cache misses do
 
 
 def _compute(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, row_offsets: Tensor | None) -> Tensor:
-    if on_gpu(x):
-        return bitmask_linear_triton(x, values, mask, bias, row_offsets)
+    d_out, d_in = len(mask), x.shape[-1]
     lib = library("bitmask_linear") if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
-        return bitmask_linear_reference(x, values, mask, bias, row_offsets)
-    values, mask = values.contiguous(), mask.contiguous()
-    d_out, d_in = len(mask), x.shape[-1]
-    rows = x.reshape(-1, d_in).contiguous()
+        prove_bitmask("bitmask_linear", values, mask, d_in, row_offsets)
+        compute = bitmask_linear_triton if on_gpu(x) else bitmask_linear_reference
+        return compute(x, values, mask, bias, row_offsets)
+    rows = x.view(-1, d_in)
     if len(rows) > SKINNY:
         out = _expanded_product(lib, rows, values, mask, bias, row_offsets)
     else:
         out = x.new_empty(len(rows), d_out)
-        lib.slimzoo_bitmask_linear(
+        wrong = lib.slimzoo_bitmask_linear(
             *map(pointer, (rows, values, mask, row_offsets, bias, out)),
-            *integers(len(rows), d_out, d_in, 0 if row_offsets is not None else values.shape[1]),
+            *integers(len(rows), d_out, d_in, values.numel(), 0 if row_offsets is not None else values.shape[1]),
             DTYPES[x.dtype],
-            level(),
+            level(lib),
             torch.get_num_threads(),
         )
+        if wrong:
+            raise misfit("bitmask_linear")
     return out.view(*x.shape[:-1], d_out)
+
+
+def prove_bitmask(op: str, values: Tensor, mask: Tensor, d_in: int, row_offsets: Tensor | None) -> None:
+    """`check_bitmask`, on a GPU once for the same tensors."""
+
+    def check():
+        check_bitmask(op, values, mask, d_in, row_offsets)
+
+    if on_gpu(values):
+        prove(check, (mask, row_offsets), (*values.shape, d_in))
+    else:
+        check()
 
 
 def _expanded_product(
@@ -59,18 +72,29 @@ def expanded_tiles(
     Expanding writes each weight once and reads 9/16 of that, which n >> 1 multiplications per weight outweigh.
     """
     d_out, item = len(mask), values.element_size()
-    tile_rows = min(d_out, max(1, TILE_BYTES // (d_in * item) // multiple) * multiple)
+    tile_rows = max(1, min(d_out, max(1, TILE_BYTES // (d_in * item) // multiple) * multiple))
     tile = scratch("tile", (tile_rows, d_in), values.dtype)
     for first in range(0, d_out, tile_rows):
         last = min(first + tile_rows, d_out)
-        lib.slimzoo_bitmask_expand(
-            *map(pointer, (values, mask, row_offsets, tile)),
-            *integers(first, last, d_in, 0 if row_offsets is not None else values.shape[1]),
-            DTYPES[values.dtype],
-            level(),
-            torch.get_num_threads(),
-        )
+        _expand_rows(lib, values, mask, row_offsets, tile, first, last)
         yield first, last, tile[: last - first]
+
+
+def _expand_rows(
+    lib: ctypes.CDLL, values: Tensor, mask: Tensor, row_offsets: Tensor | None, out: Tensor, first: int, last: int
+) -> None:
+    """Writes rows [first, last) of the dense weight into `out`, whose rows are as long."""
+    wrong = lib.slimzoo_bitmask_expand(
+        *map(pointer, (values, mask, row_offsets, out)),
+        *integers(
+            first, last, len(mask), out.shape[1], values.numel(), 0 if row_offsets is not None else values.shape[1]
+        ),
+        DTYPES[values.dtype],
+        level(lib),
+        torch.get_num_threads(),
+    )
+    if wrong:
+        raise misfit("bitmask_expand")
 
 
 _op = define(
@@ -88,8 +112,8 @@ def bitmask_linear(
     """x (..., d_in) -> x W^T + bias (..., d_out), W in the bitmask format of `reference.py`; differentiable in x.
 
     Args: x, values, bias fp32, bf16 or fp16 alike; mask uint8 (d_out, ceil(d_in / 8)); values (d_out, per_row), or (nnz,)
-    with row_offsets int64 (d_out + 1,). That the mask keeps as many weights as there are values is for the caller to
-    know: layers check it once, at loading. Raises: ValueError when shapes, dtypes or devices do not fit.
+    with row_offsets int64 (d_out + 1,). Raises: ValueError when shapes, dtypes or devices do not fit; UserError when a row
+    of the mask does not keep as many weights as it has values, which is checked at every call.
     """
     check_floats("bitmask_linear", x, values=values, bias=bias)
     if not (mask.dtype == torch.uint8 and mask.ndim == 2):
@@ -110,19 +134,14 @@ def bitmask_linear(
 
 
 def _expand(values: Tensor, mask: Tensor, row_offsets: Tensor, d_in: int) -> Tensor:
-    if on_gpu(values):
-        return expand_triton(values, mask, d_in, row_offsets, values.dtype)
     lib = library("bitmask_linear") if values.device.type == "cpu" else None
     if lib is None or values.numel() == 0:
+        prove_bitmask("bitmask_expand", values, mask, d_in, row_offsets)
+        if on_gpu(values):
+            return expand_triton(values, mask, d_in, row_offsets, values.dtype)
         return unpack_bitmask(values, mask, d_in, row_offsets)
-    values, mask, out = values.contiguous(), mask.contiguous(), values.new_empty(len(mask), d_in)
-    lib.slimzoo_bitmask_expand(
-        *map(pointer, (values, mask, row_offsets, out)),
-        *integers(0, len(mask), d_in, 0),
-        DTYPES[values.dtype],
-        level(),
-        torch.get_num_threads(),
-    )
+    out = values.new_empty(len(mask), d_in)
+    _expand_rows(lib, values, mask, row_offsets, out, 0, len(mask))
     return out
 
 
@@ -137,8 +156,8 @@ _expand_op = define_plain(
 def bitmask_expand(values: Tensor, mask: Tensor, row_offsets: Tensor, d_in: int) -> Tensor:
     """The dense weight (d_out, d_in) of an unstructured one, in the dtype of `values`; it carries no gradient.
 
-    Args: values (nnz,) fp32, bf16 or fp16; mask uint8 (d_out, ceil(d_in / 8)); row_offsets int64 (d_out + 1,). That they
-    belong together is for the caller to know. Raises: ValueError when shapes or dtypes do not fit.
+    Args: values (nnz,) fp32, bf16 or fp16; mask uint8 (d_out, ceil(d_in / 8)); row_offsets int64 (d_out + 1,). Raises:
+    ValueError when shapes, dtypes or devices do not fit; UserError as `bitmask_linear`.
     """
     if values.dtype not in FLOATS or values.ndim != 1:
         raise ValueError(

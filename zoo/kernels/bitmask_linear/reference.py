@@ -8,6 +8,9 @@ when every row keeps equally many (N:M), else 1-D (nnz,) with `row_offsets` int6
 import torch
 from torch import Tensor
 
+from ...errors import UserError
+from ..ops import damaged
+
 
 def unpack_mask(mask: Tensor, d_in: int) -> Tensor:
     """uint8 (d_out, ceil(d_in / 8)) -> bool (d_out, d_in)."""
@@ -25,7 +28,7 @@ def pack_bitmask(
     """
     d_out, d_in = weight.shape
     keep = weight != 0 if mask is None else mask
-    bits = torch.nn.functional.pad(keep, (0, -d_in % 8)).view(d_out, -1, 8)
+    bits = torch.nn.functional.pad(keep, (0, -d_in % 8)).view(d_out, -(-d_in // 8), 8)
     powers = torch.tensor([1 << j for j in range(8)], dtype=torch.uint8, device=weight.device)
     packed = (bits * powers).sum(-1, dtype=torch.uint8)
     counts = keep.sum(1)
@@ -40,6 +43,30 @@ def unpack_bitmask(values: Tensor, mask: Tensor, d_in: int, row_offsets: Tensor 
     """The dense weight (d_out, d_in) in the dtype of `values`. `row_offsets` is implied by the mask."""
     keep = unpack_mask(mask, d_in)
     return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
+
+
+def check_bitmask(op: str, values: Tensor, mask: Tensor, d_in: int, row_offsets: Tensor | None) -> None:
+    """Raises UserError, naming the operation, unless every row of the mask keeps as many columns as it has values, none of
+    them beyond d_in. What the compiled kernels check by themselves, for all other ways to compute."""
+    pairs = (mask & 0x55) + (mask >> 1 & 0x55)
+    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    kept = ((fours & 0x0F) + (fours >> 4)).sum(1)
+    if row_offsets is None:
+        fits = kept == values.shape[1]
+    else:
+        ends = (row_offsets[:1] == 0) & (row_offsets[-1:] == len(values))
+        fits = torch.cat([kept == row_offsets.diff(), ends])
+    if d_in % 8:
+        fits = torch.cat([fits, mask[:, -1] >> d_in % 8 == 0])
+    if not fits.all():
+        raise misfit(op)
+
+
+def misfit(op: str) -> UserError:
+    """The error of `check_bitmask`."""
+    return damaged(
+        op, "each row of the mask must keep as many columns as it has values, and none beyond the last column"
+    )
 
 
 def bitmask_linear(

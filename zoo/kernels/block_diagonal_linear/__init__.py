@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..build import DTYPES, integers, level, library, pointer
+from ..libraries import DTYPES, integers, level, library, pointer
 from ..ops import SKINNY, check_floats, define, on_gpu
 from .gpu import block_diagonal_linear_triton
 from .reference import block_diagonal_linear as block_diagonal_linear_reference
@@ -16,17 +16,17 @@ def _compute(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     if lib is None or x.numel() == 0:
         return block_diagonal_linear_reference(x, blocks, bias)
     n, b, _ = blocks.shape
-    rows = x.reshape(-1, n * b).contiguous()
+    rows = x.view(-1, n * b)
     if len(rows) > SKINNY:
         out = block_diagonal_product(rows, blocks, torch.empty_like(rows))
         out = out if bias is None else out.add_(bias)
     else:
         out = torch.empty_like(rows)
         lib.slimzoo_block_diagonal_linear(
-            *map(pointer, (rows, blocks.contiguous(), bias, out)),
+            *map(pointer, (rows, blocks, bias, out)),
             *integers(len(rows), n, b),
             DTYPES[x.dtype],
-            level(),
+            level(lib),
             torch.get_num_threads(),
         )
     return out.view(x.shape)

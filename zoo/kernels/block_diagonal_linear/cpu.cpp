@@ -1,10 +1,9 @@
 // block_diagonal_linear on CPU for few rows of x: every block is read once, b^2 weights for b outputs.
-#include <omp.h>
 
 #include "simd.hpp"
 
 // y (rows, n b): y_mi = sum_j blocks[m, i, j] x_mj + bias_mi, all of one dtype.
-extern "C" void slimzoo_block_diagonal_linear(const void* x, const void* blocks, const void* bias, void* y,
+EXPORT void slimzoo_block_diagonal_linear(const void* x, const void* blocks, const void* bias, void* y,
                                               int64_t rows, int64_t n, int64_t b, int dtype, int level, int threads) {
   Vectors vectors(rows, n * b);
   vectors.fill(x, dtype);

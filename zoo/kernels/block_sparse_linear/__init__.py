@@ -5,36 +5,46 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..build import DTYPES, integers, level, library, pointer
-from ..ops import check_floats, define, define_plain, linear_shape, on_gpu, scratch
+from ..libraries import DTYPES, integers, level, library, pointer
+from ..ops import check_floats, define, define_plain, linear_shape, on_gpu, prove, scratch
 from .gpu import block_sparse_linear_triton
-from .reference import block_rows
+from .reference import block_rows, check_blocks, misfit
 from .reference import block_sparse_linear as block_sparse_linear_reference
 
 BLOCK_SIZES = range(4, 129, 4)
-INDICES = "block_sparse_linear: crow_indices must rise from 0 to nnz, col_indices be block-columns of x"
 
 
 def _compute(
     x: Tensor, blocks: Tensor, crow_indices: Tensor, col_indices: Tensor, bias: Tensor | None, d_out: int
 ) -> Tensor:
-    if on_gpu(x):
-        return block_sparse_linear_triton(x, blocks, crow_indices, col_indices, bias, d_out)
+    nnz, b_r, b_c = blocks.shape
     lib = library("block_sparse_linear") if x.device.type == "cpu" else None
     if lib is None or x.numel() == 0:
-        return block_sparse_linear_reference(x, blocks, crow_indices, col_indices, bias, d_out)
-    nnz, b_r, b_c = blocks.shape
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    blocks, crow_indices, col_indices = blocks.contiguous(), crow_indices.contiguous(), col_indices.contiguous()
+        _prove(crow_indices, col_indices, -(-x.shape[-1] // b_c))
+        compute = block_sparse_linear_triton if on_gpu(x) else block_sparse_linear_reference
+        return compute(x, blocks, crow_indices, col_indices, bias, d_out)
+    rows = x.view(-1, x.shape[-1])
     sizes = integers(len(rows), d_out, rows.shape[1], b_r, b_c, nnz)
-    how = DTYPES[x.dtype], level(), torch.get_num_threads()
+    how = DTYPES[x.dtype], level(lib), torch.get_num_threads()
     lib.slimzoo_block_sparse_scratch.restype = ctypes.c_int64
     space = scratch("block_sparse", (lib.slimzoo_block_sparse_scratch(*sizes, *how),), torch.float32)
     out = rows.new_empty(len(rows), d_out)
     tensors = map(pointer, (rows, blocks, crow_indices, col_indices, bias, out, space))
     if lib.slimzoo_block_sparse_linear(*tensors, *sizes, *how):
-        raise ValueError(INDICES)
+        raise misfit()
     return out.view(*x.shape[:-1], d_out)
+
+
+def _prove(crow_indices: Tensor, col_indices: Tensor, columns: int) -> None:
+    """`check_blocks`, on a GPU once for the same tensors."""
+
+    def check():
+        check_blocks(crow_indices, col_indices, columns)
+
+    if on_gpu(crow_indices):
+        prove(check, (crow_indices, col_indices), (columns,))
+    else:
+        check()
 
 
 def _compute_blocks_gradient(
@@ -44,19 +54,20 @@ def _compute_blocks_gradient(
 
     grad (..., d_out), x (..., d_in). Without the C++ kernel it is a product per block-row with the columns that it keeps.
     """
-    grad, x = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (grad, x))
+    grad, x = (tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[None] for tensor in (grad, x))
     lib = library("block_sparse_linear") if x.device.type == "cpu" else None
     if lib is not None:
         nnz, d_out, d_in = len(col_indices), grad.shape[1], x.shape[1]
         out = torch.zeros(nnz, b_r, b_c)
         lib.slimzoo_block_sparse_gradient_scratch.restype = ctypes.c_int64
-        floats = lib.slimzoo_block_sparse_gradient_scratch(*integers(d_out, d_in, b_r, b_c), level())
+        floats = lib.slimzoo_block_sparse_gradient_scratch(*integers(d_out, d_in, b_r, b_c), level(lib))
         space = scratch("block_sparse", (floats,), torch.float32)
-        tensors = map(pointer, (grad, x, crow_indices.contiguous(), col_indices.contiguous(), out, space))
+        tensors = map(pointer, (grad, x, crow_indices, col_indices, out, space))
         sizes = integers(len(x), d_out, d_in, b_r, b_c, nnz)
-        if lib.slimzoo_block_sparse_gradient(*tensors, *sizes, DTYPES[x.dtype], level(), torch.get_num_threads()):
-            raise ValueError(INDICES)
+        if lib.slimzoo_block_sparse_gradient(*tensors, *sizes, DTYPES[x.dtype], level(lib), torch.get_num_threads()):
+            raise misfit()
         return out.to(x.dtype)
+    _prove(crow_indices, col_indices, -(-x.shape[1] // b_c))
     rows, columns = -(-grad.shape[1] // b_r), -(-x.shape[1] // b_c)
     grad = torch.nn.functional.pad(grad, (0, rows * b_r - grad.shape[1])).T.reshape(rows, b_r, -1)
     x = torch.nn.functional.pad(x, (0, columns * b_c - x.shape[1])).T.reshape(columns, b_c, -1)
@@ -115,7 +126,8 @@ def block_sparse_linear(
 
     Args: x, blocks (nnz, b_r, b_c) and bias fp32, bf16 or fp16 alike; crow_indices (ceil(d_out / b_r) + 1,) and
     col_indices (nnz,) int32; b_r and b_c multiples of 4 from 4 to 128. d_out and d_in need not be multiples of them.
-    Raises: ValueError when shapes, dtypes or devices do not fit.
+    Raises: ValueError when shapes, dtypes or devices do not fit; UserError when the indices are not in order or range,
+    which is checked at every call.
     """
     check_floats("block_sparse_linear", x, blocks=blocks, bias=bias)
     if not (blocks.ndim == 3 and blocks.shape[1] in BLOCK_SIZES and blocks.shape[2] in BLOCK_SIZES):

@@ -9,6 +9,9 @@ What a last block has beyond d_out or d_in is stored too and counts as zero.
 import torch
 from torch import Tensor
 
+from ...errors import UserError
+from ..ops import damaged
+
 
 def pack_blocks(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> dict[str, Tensor]:
     """{"blocks", "crow_indices", "col_indices"} of a dense weight (d_out, d_in), its blocks kept where `keep` bool (R, C).
@@ -31,6 +34,25 @@ def pack_blocks(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> dict[st
 def block_rows(crow_indices: Tensor, nnz: int) -> Tensor:
     """int64 (nnz,): the block-row of every block."""
     return torch.searchsorted(crow_indices.long(), torch.arange(nnz, device=crow_indices.device), right=True) - 1
+
+
+def check_blocks(crow_indices: Tensor, col_indices: Tensor, columns: int) -> None:
+    """Raises UserError unless the indices are those of blocks in a grid of so many columns: what the compiled kernels check
+    by themselves, for all other ways to compute."""
+    nnz = len(col_indices)
+    rises = (crow_indices[0] == 0) & (crow_indices[-1] == nnz) & (crow_indices.diff() >= 0).all()
+    inside = (col_indices >= 0) & (col_indices < columns)
+    places = block_rows(crow_indices, nnz) * columns + col_indices
+    if not (rises & inside.all() & (places.diff() > 0).all()):
+        raise misfit()
+
+
+def misfit() -> UserError:
+    """The error of `check_blocks`."""
+    return damaged(
+        "block_sparse_linear",
+        "crow_indices must rise from 0 to nnz, col_indices be block-columns of x that ascend in every block-row",
+    )
 
 
 def unpack_blocks(blocks: Tensor, crow_indices: Tensor, col_indices: Tensor, d_out: int, d_in: int) -> Tensor:

@@ -6,8 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..build import DTYPES, integers, level, library, pointer
-from ..ops import FLOATS, NAMESPACE, on_gpu
+from ..libraries import DTYPES, integers, level, library, pointer
+from ..ops import FLOATS, define_plain, on_gpu
 from .gpu import kv_attention_triton
 from .reference import WIDTHS, Part, check_width, pack
 from .reference import kv_attention as kv_attention_reference
@@ -47,7 +47,9 @@ def _compute(
     values = Part(v_codes, v_scale, v_minimum, v_dense, v_bits)
     head = q.shape[-1]
     simple = k_codes is None or k_codes.ndim == 5 or k_scale.shape[-1] == 1
-    if simple and fits_kernel(keys, head) and fits_kernel(values, head) and q.numel():
+    simple = simple and (v_codes is None or v_codes.ndim == 4)
+    tokens = sum(tensor.shape[2] for tensor in (k_codes, k_dense) if tensor is not None)
+    if simple and fits_kernel(keys, head) and fits_kernel(values, head) and q.numel() and tokens:
         if on_gpu(q):
             return kv_attention_triton(q, keys, values, mask, scaling)
         lib = library("kv_attention") if q.device.type == "cpu" else None
@@ -66,13 +68,19 @@ def _strided(tensor: Tensor | None) -> tuple[Tensor | None, int]:
     return tensor, tensor.stride(1) if tensor.shape[1] > 1 else inner.numel() if len(tensor) == 1 else tensor.stride(0)
 
 
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _on_cpu(lib, q: Tensor, keys: Part, values: Part, mask: Tensor | None, scaling: float) -> Tensor:
     rows, heads, head_dim = q.shape
     q = q.contiguous()
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     pointers, numbers = [], []
     for part in (keys, values):
         tensors, strides = zip(*map(_strided, part[:4]), strict=True)
+        if strides[1] != strides[2]:  # the kernel takes one for both
+            tensors, strides = zip(*map(_strided, map(_whole, part[:4])), strict=True)
         codes, _, _, dense = tensors
         by_channel = codes is not None and codes.ndim == 5
         block = codes.shape[3] * 8 // part.bits if by_channel else 1
@@ -88,21 +96,20 @@ def _on_cpu(lib, q: Tensor, keys: Part, values: Part, mask: Tensor | None, scali
         *integers(*numbers, rows, heads, kv_heads, head_dim),
         DTYPES[q.dtype],
         ctypes.c_float(scaling),
-        level(),
+        level(lib),
         torch.get_num_threads(),
     )
     return out
 
 
-if not hasattr(getattr(torch.ops, NAMESPACE), "kv_attention"):
-    _PART = "Tensor? {0}_codes, Tensor? {0}_scale, Tensor? {0}_minimum, Tensor? {0}_dense, int {0}_bits"
-    torch.library.define(
-        f"{NAMESPACE}::kv_attention",
-        f"(Tensor q, {_PART.format('k')}, {_PART.format('v')}, Tensor? mask, float scaling) -> Tensor",
-    )
-    torch.library.impl(f"{NAMESPACE}::kv_attention", "default", _compute)
-    torch.library.register_fake(f"{NAMESPACE}::kv_attention", lambda q, *_: torch.empty_like(q))
-_op = getattr(torch.ops, NAMESPACE).kv_attention.default
+_PART = "Tensor? {0}_codes, Tensor? {0}_scale, Tensor? {0}_minimum, Tensor? {0}_dense, int {0}_bits"
+_op = define_plain(
+    "kv_attention",
+    f"(Tensor q, {_PART.format('k')}, {_PART.format('v')}, Tensor? mask, float scaling) -> Tensor",
+    _compute,
+    lambda q, *_: q.new_empty(q.shape),
+    strided=True,  # the cache's tensors are cuts of larger ones, too large to copy for every token
+)
 
 
 def kv_attention(
@@ -136,13 +143,17 @@ def _check(part: Part, name: str, q: Tensor) -> tuple[int, int]:
     if codes is None and dense is None:
         raise ValueError(f"kv_attention: {name} have no tokens")
     some = codes if dense is None else dense
+    if some.ndim < 4 or (codes is not None and (codes.ndim not in (4, 5) or scale is None or minimum is None)):
+        raise ValueError(
+            f"kv_attention: {name} need codes of 4 or 5 dimensions with scales and minima, dense ones of 4"
+        )
     kv_heads, tokens = some.shape[1], 0
-    if len(some) != rows or heads % kv_heads:
+    if len(some) != rows or not kv_heads or heads % kv_heads:
         raise ValueError(f"kv_attention: {name} of shape {tuple(some.shape)} do not fit q {tuple(q.shape)}")
     if codes is not None:
         check_width(bits)
         if codes.ndim == 4:
-            tokens, groups = codes.shape[2], scale.shape[-1]
+            tokens, groups = codes.shape[2], scale.shape[-1] if scale.ndim else 0
             wanted = (rows, kv_heads, tokens, size * bits // 8), (rows, kv_heads, tokens, groups)
             whole = size * bits % 8 == 0 and groups and size % groups == 0
         else:
@@ -160,8 +171,6 @@ def _check(part: Part, name: str, q: Tensor) -> tuple[int, int]:
         if not (dense.shape == (rows, kv_heads, dense.shape[2], size) and dense.dtype == q.dtype):
             raise ValueError(f"kv_attention: dense {name} must be ({rows}, {kv_heads}, …, {size}) in {q.dtype}")
         tokens += dense.shape[2]
-    if some.device != q.device:
-        raise ValueError(f"kv_attention: {name} are on {some.device} and q on {q.device}")
     return kv_heads, tokens
 
 

@@ -9,7 +9,6 @@
 // Per token of 128 numbers in 4 bits, 64 + 4 bytes of keys and as many of values, and G heads in bf16: 4 + 3 + 4 G operations
 // for keys, 2 + 3 + 4 G for values. Softmax is online over tiles of 64 tokens; stretches of tokens are attended to by several
 // threads and merged.
-#include <omp.h>
 
 #include "simd.hpp"
 
@@ -689,7 +688,7 @@ TARGET_VNNI static void attend_avx512(const Part& k, const Part& v, const Shape&
 
 // out (rows, heads, size) = attention of q (rows, heads, size) to `keys` and `values` (kv_heads each); mask (rows, tokens), 1 =
 // attended to, or null. The arguments of a part: see `Part`. All floats but scales and minima (fp16) are of one dtype.
-extern "C" void slimzoo_kv_attention(const void* q, const uint8_t* k_codes, const uint16_t* k_scale, const uint16_t* k_minimum,
+EXPORT void slimzoo_kv_attention(const void* q, const uint8_t* k_codes, const uint16_t* k_scale, const uint16_t* k_minimum,
                                      const void* k_dense, const uint8_t* v_codes, const uint16_t* v_scale,
                                      const uint16_t* v_minimum, const void* v_dense, const uint8_t* mask, void* out,
                                      int64_t k_bits, int64_t k_packed, int64_t k_rest, int64_t k_block, int64_t k_groups,
@@ -754,8 +753,21 @@ extern "C" void slimzoo_kv_attention(const void* q, const uint8_t* k_codes, cons
     }
 }
 
+// Squared error of a group's codes for a scale and a minimum.
 template <typename Get>
-INLINE void quantize_group(Get get, int64_t n, int bits, uint16_t* scale, uint16_t* minimum, uint8_t* codes, int64_t step) {
+INLINE double group_error(Get get, int64_t n, float top, float s, float m) {
+  double error = 0;
+  for (int64_t i = 0; i < n; i++) {
+    float code = std::min(top, std::max(0.0f, std::nearbyint((get(i) - m) / s)));
+    double off = (double)code * s + m - get(i);
+    error += off * off;
+  }
+  return error;
+}
+
+template <typename Get>
+INLINE void quantize_group(Get get, int64_t n, int bits, bool with_zero, uint16_t* scale, uint16_t* minimum, uint8_t* codes,
+                           int64_t step) {
   float low = get(0), high = low, top = (float)((1 << bits) - 1);
   for (int64_t i = 1; i < n; i++) {
     float x = get(i);
@@ -766,6 +778,11 @@ INLINE void quantize_group(Get get, int64_t n, int bits, uint16_t* scale, uint16
   *scale = float_to_half(std::min(65504.0f, (high - low) / top));
   if (!(*scale & 0x7fff) || (*scale & 0x8000)) *scale = 0x3c00;
   float s = half_to_float(*scale), m = half_to_float(*minimum);
+  if (with_zero) {
+    uint16_t nearest = float_to_half(std::min(65504.0f, std::max(-65504.0f, std::nearbyint(m / s) * s)));
+    float multiple = half_to_float(nearest);  // with it 0 is on the grid
+    if (group_error(get, n, top, s, multiple) < (1 - 1e-9) * group_error(get, n, top, s, m)) *minimum = nearest, m = multiple;
+  }
   for (int64_t i = 0; i < n; i++) {
     float code = std::nearbyint((get(i) - m) / s);
     codes[i * step] = code > top ? (uint8_t)top : code > 0 ? (uint8_t)code : 0;
@@ -773,7 +790,7 @@ INLINE void quantize_group(Get get, int64_t n, int bits, uint16_t* scale, uint16
 }
 
 // x (tokens, size) -> codes, scale and minimum: by token in groups of `group` numbers, or by channel in blocks of as many tokens.
-extern "C" void slimzoo_kv_quantize(const void* x, uint8_t* codes, uint16_t* scale, uint16_t* minimum, int64_t tokens,
+EXPORT void slimzoo_kv_quantize(const void* x, uint8_t* codes, uint16_t* scale, uint16_t* minimum, int64_t tokens,
                                     int64_t size, int64_t group, int bits, int by_channel, int dtype, int threads) {
   int64_t unit = by_channel ? group : 1, units = tokens / unit, numbers = unit * size, bytes = numbers * bits / 8;
   int64_t scales = by_channel ? size : size / group;
@@ -788,7 +805,8 @@ extern "C" void slimzoo_kv_quantize(const void* x, uint8_t* codes, uint16_t* sca
       const float* value = values.data();
       for (int64_t g = 0; g < scales; g++) {
         int64_t start = by_channel ? g : g * group, step = by_channel ? size : 1;
-        quantize_group([=](int64_t i) { return value[start + i * step]; }, group, bits, scale + u * scales + g,
+        quantize_group([=](int64_t i) { return value[start + i * step]; }, group, bits, bits == 2 && !by_channel,
+                       scale + u * scales + g,
                        minimum + u * scales + g, flat.data() + start, step);
       }
       uint8_t* to = codes + u * bytes;  // planes lie one after the other in both cases

@@ -3,9 +3,12 @@ against.
 
 A group of numbers x is stored as codes of b bits with a scale s and a minimum m, both fp16:
     m = min x, s = (max x - min x) / (2^b - 1), code = clamp(round((x - m) / s), 0, 2^b - 1), x ~ code s + m
-(KVTuner, arXiv 2502.04420, but with the float minimum, as in KIVI's kernels). Codes are computed against the rounded m
-and s. Bytes hold 8 / b codes, planar: with n numbers along the packed axis, byte i has the codes of
-numbers i, i + n b / 8, i + 2 n b / 8, … from the low bits up, so that unpacking shifts and masks but moves nothing.
+(KVTuner, arXiv 2502.04420, but with the float minimum, as in KIVI's kernels). By token and at 2 bits m may be the nearest
+multiple of s instead, so that 0 is on the grid (an "integer zero point"): each group takes what has clearly the smaller
+sum of squared errors. On SmolLM2 that takes 14 % off the error of attention's output for values and 13 % for keys; of keys
+by channel it would add 4 %. Codes are computed against the rounded m and s. Bytes hold 8 / b codes, planar: with n
+numbers along the packed axis, byte i has the codes of numbers i, i + n b / 8, i + 2 n b / 8, … from the low bits up, so
+that unpacking shifts and masks but moves nothing.
 
 By token (`quantize_tokens`; values, and keys in per-token mode): a group is g numbers of one token and head, g = -1 the
 whole head; codes (…, S, D b / 8), packed along D; scale and minimum (…, S, D / g).
@@ -43,15 +46,31 @@ def check_width(bits: int) -> None:
         raise ValueError(f"{bits} bits: one of {', '.join(map(str, WIDTHS))} is needed for a quantised KV cache")
 
 
-def quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (unpacked, uint8) of x, and scale and minimum (fp16, without the axis `dim`), a group along `dim`."""
+CLEARLY = 1 - 1e-9  # a tie is no gain, in whatever order errors are summed
+
+
+def quantize(x: Tensor, bits: int, dim: int, with_zero: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (unpacked, uint8) of x, and scale and minimum (fp16, without the axis `dim`), a group along `dim`.
+
+    with_zero: the minimum may be a multiple of the scale, where that loses less.
+    """
     x = x.float()
     low, high = x.aminmax(dim=dim, keepdim=True)
     minimum = low.clamp(-LARGEST, LARGEST).half()
     scale = ((high - low) / (2**bits - 1)).clamp_max(LARGEST).half()
     scale = torch.where(scale > 0, scale, 1)  # a constant group, or one whose range is below fp16's smallest number
-    codes = ((x - minimum.float()) / scale.float()).round().clamp_(0, 2**bits - 1)
-    return codes.nan_to_num_(0).to(torch.uint8), scale.squeeze(dim), minimum.squeeze(dim)
+
+    def codes(minimum: Tensor) -> Tensor:
+        return ((x - minimum.float()) / scale.float()).round().clamp_(0, 2**bits - 1).nan_to_num_(0).to(torch.uint8)
+
+    def error(minimum: Tensor) -> Tensor:
+        off = codes(minimum).double() * scale.double() + minimum.double() - x.double()
+        return off.square_().sum(dim, keepdim=True)
+
+    if with_zero:
+        multiple = ((minimum.float() / scale.float()).round() * scale.float()).clamp(-LARGEST, LARGEST).half()
+        minimum = torch.where(error(multiple) < CLEARLY * error(minimum), multiple, minimum)
+    return codes(minimum), scale.squeeze(dim), minimum.squeeze(dim)
 
 
 def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
@@ -78,7 +97,7 @@ def quantize_tokens(x: Tensor, bits: int, group_size: int = -1) -> tuple[Tensor,
     group = size if group_size == -1 else group_size
     if size % group or size * bits % 8:
         raise ValueError(f"head size {size}: a multiple of {math.lcm(group, 8 // bits)} is needed")
-    codes, scale, minimum = quantize(x.unflatten(-1, (-1, group)), bits, -1)
+    codes, scale, minimum = quantize(x.unflatten(-1, (-1, group)), bits, -1, with_zero=bits == 2)
     return pack(codes.flatten(-2), bits, -1), scale, minimum
 
 

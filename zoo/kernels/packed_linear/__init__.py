@@ -2,12 +2,11 @@
 
 import ctypes
 import functools
-import itertools
 
 import torch
 from torch import Tensor
 
-from ..build import DTYPES, integers, level, library, pointer
+from ..libraries import DTYPES, integers, level, library, pointer
 from ..ops import SKINNY, check_floats, define, define_plain, linear_shape, on_gpu, scratch
 from .gpu import packed_linear_triton
 from .reference import check_format, dequantize
@@ -32,13 +31,10 @@ def _compute(
     if lib is None or x.numel() == 0:
         return packed_linear_reference(x, qweight, scales, zeros, bias, bits=bits, group_size=group_size)
     d_out, d_in = len(qweight), x.shape[-1]
-    x, qweight, scales = x.contiguous(), qweight.contiguous(), scales.contiguous()
-    zeros = None if zeros is None else zeros.contiguous()
-    bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], d_out)
     zeros_kind = _zeros_kind(zeros)
     if not _skinny(lib, x, [(qweight, scales, zeros, bias, out)], bits, int8):
-        rows, result, sizes = x.view(-1, d_in), out.view(-1, d_out), integers(d_in, scales.shape[1])
+        rows, result, sizes = x.view(-1, d_in), out.view(x.numel() // d_in, d_out), integers(d_in, scales.shape[1])
         tile_rows = max(1, min(d_out, TILE_BYTES // (d_in * x.element_size())))
         tile = scratch("tile", (tile_rows, d_in), x.dtype)
         for first in range(0, d_out, tile_rows):
@@ -50,7 +46,7 @@ def _compute(
                 bits,
                 zeros_kind,
                 DTYPES[x.dtype],
-                level(),
+                level(lib),
                 torch.get_num_threads(),
             )
             part = tile[: last - first].T
@@ -90,7 +86,7 @@ def _skinny(lib: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor | None, ...
         _zeros_kind(zeros),
         1 if int8 else 3 if x.dtype == torch.float32 else 2,
         DTYPES[x.dtype],
-        level(),
+        level(lib),
         torch.get_num_threads(),
     )
 
@@ -127,7 +123,7 @@ def _compute_shared(
 ) -> list[Tensor]:
     lib = _library() if x.device.type == "cpu" and x.numel() else None
     packed = list(zip(qweights, scales, zeros, biases, strict=True))
-    if lib is not None and all(t is None or t.is_contiguous() for t in (x, *itertools.chain(*packed))):
+    if lib is not None:
         outs = [x.new_empty(*x.shape[:-1], len(qweight)) for qweight in qweights]
         if _skinny(lib, x, [(*row, out) for row, out in zip(packed, outs, strict=True)], bits, False):
             return outs

@@ -9,7 +9,6 @@
 // per core at 3.7 GHz (8 measured, from the second-level cache). Four rows at a time share the loads of x, and what comes
 // next is fetched in the order of memory, three such blocks ahead: rows fetched each for itself reached half the speed.
 // x is laid out in the order in which unpacking yields the codes, so that no code is ever shuffled.
-#include <omp.h>
 
 #include <new>
 
@@ -508,7 +507,7 @@ struct Matrix {
 
 // y (n, d_out) = x (n, d_in) W^T + bias of `count` matrices that read the same x and are of one format; x, scales, float
 // zeros, biases and y of one dtype. Returns 0, or 1 with y untouched when x holds NaN or Inf, which have no fixed-point form.
-extern "C" int slimzoo_packed_linear(const void* x, const Matrix* matrices, int64_t count, int64_t n, int64_t d_in,
+EXPORT int slimzoo_packed_linear(const void* x, const Matrix* matrices, int64_t count, int64_t n, int64_t d_in,
                                      int64_t groups, int bits, int zeros_kind, int digits, int dtype, int level,
                                      int threads) {
   FixedPoint fixed(n, d_in, digits);
@@ -579,7 +578,7 @@ extern "C" int slimzoo_packed_linear(const void* x, const Matrix* matrices, int6
 }
 
 // Rows [first, last) of the dense weight, in the dtype of the scales.
-extern "C" void slimzoo_packed_expand(const uint8_t* qweight, const void* scales, const void* zeros, void* out, int64_t first,
+EXPORT void slimzoo_packed_expand(const uint8_t* qweight, const void* scales, const void* zeros, void* out, int64_t first,
                                       int64_t last, int64_t d_in, int64_t groups, int bits, int zeros_kind,
                                       int dtype, int level, int threads) {
   Weight w{qweight, scales, zeros, d_in, groups, bits, zeros_kind, dtype};

@@ -29,7 +29,7 @@ def pack_codes(codes: Tensor, bits: int, group_size: int) -> Tensor:
     sections, below = [], 0
     for width in SECTIONS[bits]:
         part = (codes >> below) & (2**width - 1)
-        part = part.view(len(codes), -1, 8 // width, 4) << _shifts(width, codes.device)
+        part = part.unflatten(1, (-1, 8 // width, 4)) << _shifts(width, codes.device)
         sections.append(part.sum(-2, dtype=torch.uint8).flatten(1))
         below += width
     return torch.cat(sections, 1)
@@ -43,7 +43,7 @@ def unpack_codes(qweight: Tensor, bits: int, group_size: int, d_in: int) -> Tens
     codes = torch.zeros(len(qweight), d_in, dtype=torch.uint8, device=qweight.device)
     start = below = 0
     for width in SECTIONS[bits]:
-        section = qweight[:, start : start + d_in * width // 8].reshape(len(qweight), -1, 1, 4)
+        section = qweight[:, start : start + d_in * width // 8].unflatten(1, (-1, 1, 4))
         part = (section >> _shifts(width, qweight.device)) & (2**width - 1)
         codes |= part.flatten(1) << below
         start, below = start + d_in * width // 8, below + width
@@ -52,9 +52,9 @@ def unpack_codes(qweight: Tensor, bits: int, group_size: int, d_in: int) -> Tens
 
 def dequantize(qweight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, d_in: int) -> Tensor:
     """The dense weight (d_out, d_in): computed in fp32, rounded once to the dtype of `scales`."""
-    codes = unpack_codes(qweight, bits, group_size, d_in).float().view(len(qweight), scales.shape[1], -1)
+    codes = unpack_codes(qweight, bits, group_size, d_in).float().unflatten(1, (scales.shape[1], -1))
     zero = 2.0 ** (bits - 1) if zeros is None else zeros.float().unsqueeze(-1)
-    return (scales.float().unsqueeze(-1) * (codes - zero)).view(-1, d_in).to(scales.dtype)
+    return (scales.float().unsqueeze(-1) * (codes - zero)).flatten(1).to(scales.dtype)
 
 
 def packed_linear(
@@ -77,7 +77,7 @@ def check_format(d_in: int, bits: int, group_size: int) -> None:
     """Raises ValueError unless rows of d_in codes can be stored with these bits and groups."""
     if bits not in SECTIONS:
         raise ValueError(f"bits {bits}: one of {', '.join(map(str, SECTIONS))} is needed")
-    if d_in % 32:
+    if d_in % 32 or not d_in:
         raise ValueError(f"d_in {d_in}: a multiple of 32 is needed; keep this layer dense")
     if group_size != -1 and (group_size <= 0 or group_size % 32 or d_in % group_size):
         raise ValueError(

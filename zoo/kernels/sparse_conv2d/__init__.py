@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ..bitmask_linear import bitmask_expand
-from ..build import DTYPES, level, library, pointer
+from ..bitmask_linear.reference import misfit
+from ..libraries import DTYPES, level, library, pointer
 from ..ops import check_floats, define
 
 # Fraction of kept weights up to which the direct product is used on CPUs; above, and elsewhere, the weight is expanded.
 DENSEST = 0.25
+LARGEST_IMAGE = 2**31  # numbers of a padded one: the kernel's offsets have 32 bits
 
 
 def _sizes(x: Tensor, mask: Tensor, geometry: list[int]) -> tuple[list[int], tuple[int, int, int, int]]:
@@ -37,19 +39,24 @@ def _compute(
 ) -> Tensor:
     sizes, shape = _sizes(x, mask, geometry)
     positions = len(mask) * x.shape[1] // geometry[-1] * geometry[0] * geometry[1]
-    lib = library("sparse_conv2d") if x.device.type == "cpu" and len(values) <= DENSEST * positions else None
+    _, _, sy, sx, py, px, _, _, _ = geometry
+    padded = x.shape[1] * (x.shape[2] + 2 * py + sy) * (x.shape[3] + 2 * px + sx)
+    fits = x.device.type == "cpu" and len(values) <= DENSEST * positions and padded < LARGEST_IMAGE
+    lib = library("sparse_conv2d") if fits else None
     if lib is None or x.numel() == 0 or min(shape) < 1:
         weight = _expand(values, mask, row_offsets, x.shape[1], geometry)
         return torch.nn.functional.conv2d(x, weight, bias, *_unpacked(geometry)[1:])
-    x, values, mask, row_offsets = (tensor.contiguous() for tensor in (x, values, mask, row_offsets))
     out = x.new_empty(shape)
-    lib.slimzoo_sparse_conv2d(
+    wrong = lib.slimzoo_sparse_conv2d(
         *map(pointer, (x, values, mask, row_offsets, bias, out)),
         (ctypes.c_int64 * len(sizes))(*sizes),
+        ctypes.c_int64(len(values)),
         DTYPES[x.dtype],
-        level(),
+        level(lib),
         torch.get_num_threads(),
     )
+    if wrong:
+        raise misfit("sparse_conv2d")
     return out
 
 
@@ -87,9 +94,8 @@ def sparse_conv2d(
     """x (B, in_channels, H, W) -> (B, d_out, H', W'), W in the bitmask format of `reference.py`; differentiable in x.
 
     Args: x, values (nnz,), bias (d_out,) fp32, bf16 or fp16 alike; mask uint8 (d_out, ceil(d_in / 8)) and row_offsets
-    int64 (d_out + 1,), d_in = in_channels / groups * kh * kw; borders are padded with zeros. That mask and values belong
-    together is for the caller to know: layers check it once, at loading. Raises: ValueError when shapes, dtypes or
-    devices do not fit.
+    int64 (d_out + 1,), d_in = in_channels / groups * kh * kw; borders are padded with zeros.
+    Raises: ValueError when shapes, dtypes or devices do not fit; UserError as `bitmask_linear`.
     """
     check_floats("sparse_conv2d", x, values=values, bias=bias)
     if x.ndim != 4 or groups < 1 or x.shape[1] % groups or mask.ndim != 2 or len(mask) % groups:

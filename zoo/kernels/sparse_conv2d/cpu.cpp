@@ -5,7 +5,6 @@
 // between two rows that nobody reads. TILE vectors of it stay in registers while all kept weights of the output channel
 // pass: one load and one multiply-add a vector and weight. So the work is the dense one's times its MAC ratio; lines come
 // from the first two cache levels, weights are read once for each tile.
-#include <omp.h>
 
 #include "simd.hpp"
 
@@ -111,12 +110,14 @@ LINE(line_avx512, TARGET_AVX512, __m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, 
 #endif
 
 // out (images, d_out, H', W') = convolution of x (images, channels, H, W) with a bitmask weight; one dtype, fp32 sums.
-// sizes: the members of Shape in their order.
-extern "C" void slimzoo_sparse_conv2d(const void* x, const void* values, const uint8_t* mask,
+// sizes: the members of Shape in their order. Not 0, and nothing is written, when mask, values (nnz) and offsets do not
+// belong together.
+EXPORT int slimzoo_sparse_conv2d(const void* x, const void* values, const uint8_t* mask,
                                       const int64_t* row_offsets, const void* bias, void* out, const int64_t* sizes,
-                                      int dtype, int level, int threads) {
+                                      int64_t nnz, int dtype, int level, int threads) {
   Shape s;
   std::memcpy(&s, sizes, sizeof s);
+  if (!rises(row_offsets, s.d_out, nnz)) return 1;
   auto line = line_portable;
 #ifdef X86
   if (level >= AVX2) line = line_avx2;
@@ -135,9 +136,10 @@ extern "C" void slimzoo_sparse_conv2d(const void* x, const void* values, const u
     column[j] = (j / (s.kh * s.kw) * s.phases() + phase) * s.plane() + ky / s.sy * s.line() + kx / s.sx;
   }
   for (int64_t o = 0; o < s.d_out; o++) {
+    if (!keeps(level, mask + o * bytes, d_in, row_offsets[o + 1] - row_offsets[o])) return 1;
     int64_t at = row_offsets[o], base = o / (s.d_out / s.groups) * channels * s.phases() * s.plane();
     for (int64_t k = 0; 4 * k < bytes; k++)
-      for (uint32_t m = mask_word(mask + o * bytes, k, bytes); m && at < kept; m &= m - 1, at++) {
+      for (uint32_t m = mask_word(mask + o * bytes, k, bytes); m; m &= m - 1, at++) {
         offsets[at] = base + column[32 * k + __builtin_ctz(m)];
         numbers[at] = load_float(values, at, dtype);
       }
@@ -168,4 +170,5 @@ extern "C" void slimzoo_sparse_conv2d(const void* x, const void* values, const u
       }
     }
   }
+  return 0;
 }

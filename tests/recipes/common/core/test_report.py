@@ -1,6 +1,7 @@
 """Reports: aggregation over seeds, sizes from the folder, the printed table, the plots, and writing whole."""
 
 import json
+import math
 import re
 import statistics
 
@@ -15,6 +16,7 @@ from recipes.common.domains.language import task_row
 from zoo.errors import UserError
 from zoo.folder import open_folder
 from zoo.record.card import render_card
+from zoo.record.measurements import FILE, read_measurements
 from zoo.record.schema import check_report, read_report
 
 
@@ -27,13 +29,33 @@ def test_seeds_give_mean_and_sample_deviation_that_the_schema_accepts(values):
     assert merged["spread"] ** 2 * (len(values) - 1) == pytest.approx(squares, rel=1e-9, abs=1e-9)
     assert (merged["n"], merged["n_of"], merged["values"]) == (len(values), "seeds", values)
     seeds = list(range(len(values)))
-    checked = example_report(dense={"perplexity/A": metric(2.0)}, baselines={}, sweeps={}, seeds=seeds)
+    checked = example_report(dense={"perplexity/A": metric(2.0)}, baselines={}, sweeps={}, seeds=seeds, paired={})
     check_report(checked | {"compressed": {"perplexity/A": merged}})
 
 
 def test_one_seed_stays_what_was_measured():
     run = {"perplexity/A": metric(12.5, 0.5, 7)}
-    assert report.over_seeds([run]) == run
+    assert (
+        report.over_seeds([run]) == report.over_seeds([{"perplexity/A": run["perplexity/A"] | {"raw": [[1.0]]}}]) == run
+    )
+
+
+def test_values_of_windows_leave_the_report_for_their_file(tmp_path):
+    folder = write_run(tmp_path / "armor")
+    built, kept = read_report(folder / "report.json"), read_measurements(folder)
+    assert "raw" not in json.dumps(built) and FILE in built["files"]
+    assert kept.keys() == {"dense", "armor", "wanda", "sparsegpt"}
+    assert [len(kept[name]["perplexity/A"]) for name in ("dense", "armor")] == [1, 2]  # seeds
+    assert "acc/riddles" not in kept["armor"], "none was given for each item"
+    for name, pairs in built["paired"].items():
+        assert pairs.keys() == {"perplexity/A", "perplexity/B"}
+        rows = built["dense"] if name == "dense" else built["baselines"][name]
+        ours, theirs = built["compressed"]["perplexity/A"], rows["perplexity/A"]
+        by_seed = [
+            math.log(a / b) for a, b in zip(ours["values"], theirs.get("values", [theirs["value"]] * 2), strict=True)
+        ]
+        assert pairs["perplexity/A"]["difference"] == pytest.approx(sum(by_seed) / 2, abs=1e-9)
+        assert pairs["perplexity/A"]["error"] >= abs(by_seed[0] - by_seed[1]) / 2 - 1e-9
 
 
 def test_a_built_report_describes_the_folder(tmp_path):
@@ -73,28 +95,30 @@ def test_language_comes_from_the_base_models_card(tmp_path):
         assert base.languages() == wanted
 
 
-def test_table_holds_every_model_and_marks_against_dense():
+def test_table_holds_every_model_and_marks_how_the_own_one_is_to_it():
     lines = report.render_table(example_report()).splitlines()
     header, rows = lines[0], {line.split()[0]: line for line in lines[2:6]}
     assert list(rows) == ["dense", "armor", "wanda", "sparsegpt"]
     assert [header.index(key) for key in EXAMPLE["compressed"]] == sorted(
         header.index(k) for k in EXAMPLE["compressed"]
     )
-    assert re.findall(r"[-+~](?=\s|$)", rows["armor"]) == ["-", "-", "~"]
-    assert re.findall(r"[-+~](?=\s|$)", rows["wanda"]) == ["-", "-", "-"]
-    assert not re.findall(r"[-+~](?=\s|$)", rows["dense"])
+    assert re.findall(r"[-+~](?=\s|$)", rows["dense"]) == ["-", "-", "~"]
+    assert re.findall(r"[-+~](?=\s|$)", rows["wanda"]) == ["+", "~", "+"]
+    assert re.findall(r"[-+~](?=\s|$)", rows["sparsegpt"]) == ["-", "-", "~"]
+    assert not re.findall(r"[-+~](?=\s|$)", rows["armor"])
     text = "\n".join(lines)
     for shown in ("12.51 ± 0.14", "0.513 ± 0.001", "143.2 kB of 197.5 kB dense (72.5 %)", "0.91 ± 0.02×", "21 min"):
         assert shown in text
-    assert "armor against sparsegpt: worse on perplexity A (+4.1 %)" in text
+    assert "armor against sparsegpt: worse on perplexity A (+4.1 ± 1.8 %)" in text
     assert max(len(line) for line in lines[:6]) <= 120
 
 
 def test_a_better_metric_is_marked_better():
     better = example_report()
     better["compressed"]["perplexity/A"].update(value=9.0, values=[8.9, 9.1], spread=statistics.stdev([8.9, 9.1]))
+    better["paired"]["dense"]["perplexity/A"] = {"difference": -0.2284, "error": 0.1, "n": 7}
     check_report(better)
-    assert "9.00 ± 0.14 +" in report.render_table(better)
+    assert "11.31 +" in report.render_table(better)
 
 
 def test_what_is_lowered_besides_the_weights_is_a_line_and_the_axis_of_the_plot(tmp_path, figures):
@@ -112,12 +136,12 @@ def test_what_is_lowered_besides_the_weights_is_a_line_and_the_axis_of_the_plot(
 
 def test_failing_to_render_writes_neither_report_nor_card(tmp_path):
     with pytest.raises(UserError, match="no-such-method"):
-        report.write(example_report(config={"method": "no-such-method"}), tmp_path)
+        report.write(example_report(config={"method": "no-such-method"}), tmp_path, {})
     assert not (tmp_path / "report.json").exists() and not (tmp_path / "README.md").exists()
 
 
 def test_written_report_reads_back_unrounded(tmp_path):
-    written = report.write(example_report(), tmp_path)
+    written = report.write(example_report(), tmp_path, {})
     assert read_report(tmp_path / "report.json") == written
     assert json.loads((tmp_path / "report.json").read_text())["compressed"] == EXAMPLE["compressed"]
     assert not list(tmp_path.rglob(".*"))  # no temporary file stays

@@ -111,7 +111,9 @@ def garbage(folder):
 
 def index_of_a_missing_file(folder):
     without_weights(folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
 
 
 def index_that_leaves_the_folder(folder):

@@ -141,7 +141,7 @@ def test_a_picture_that_cannot_be_decoded_is_told(processor):
     for broken in (file.getvalue()[:500], b"no picture"):
         table = dataset([random_picture(64, 64)]).cast_column("image", ImageFeature(decode=False))
         table = Dataset.from_dict({"image": [{"bytes": broken, "path": None}], "label": [0]}, table.features)
-        with pytest.raises(UserError, match="An image in rows 0 to 0 cannot be decoded"):
+        with pytest.raises(UserError, match="image 0 of a split cannot be decoded"):
             ImageTensors(table.cast_column("image", ImageFeature()), processor).pixels([0])
 
 

@@ -310,7 +310,7 @@ LABEL = {"label": FINE}
 def test_a_data_set_that_does_not_fit_is_refused(tmp_path, splits, says):
     with pytest.raises(UserError, match=says) as caught:
         load_images(write_parquet(tmp_path / "p", **splits))
-    assert str(caught.value).startswith("--data ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("--dataset ") and "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -364,6 +364,6 @@ def test_splits_of_different_classes_are_refused(hub):
 def test_an_unknown_name_is_told_with_the_ways_out(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("cifar-10", "./no-folder"):
-        with pytest.raises(UserError, match=f"--data {name}: not one of cifar10, easy-vqa, no folder") as caught:
+        with pytest.raises(UserError, match=f"--dataset {name}: not one of cifar10, easy-vqa, no folder") as caught:
             load_images(name)
         assert "\n" not in str(caught.value)

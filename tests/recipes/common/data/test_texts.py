@@ -11,11 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import make_base
 from transformers import AutoTokenizer
 
 from recipes.common.data import texts as data
 from recipes.common.data.base_models import resolve_model
-from recipes.common.data.texts import Text, calibration_windows, evaluation_windows, load_text, sentences, tokenize
+from recipes.common.data.texts import (
+    Text,
+    calibration_windows,
+    chat_of,
+    evaluation_windows,
+    load_text,
+    sentences,
+    tokenize,
+)
 from recipes.common.data.wikitext import prose
 from zoo.errors import UserError
 
@@ -222,7 +231,7 @@ def hub_rows(monkeypatch):
     card = SimpleNamespace(get=lambda key: {"license": "odc-by"}[key])
     monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha="c0ffee", card_data=card))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(data, "HUB_CHARACTERS", 10_000)
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 10_000)
     return calls
 
 
@@ -243,3 +252,146 @@ def test_an_unknown_name_is_told_with_the_ways_out(monkeypatch):
     with pytest.raises(UserError, match="--calibration wikipedai: not one of wikipedia, A, B, C") as caught:
         load_text("wikipedai")
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------- other files, rows and chats
+
+ODD = "a\u2028b\u2029c\x85d\x0be\x0cf"  # Python's splitlines splits at every one of these
+
+
+def test_only_a_newline_ends_a_line_of_jsonl(tmp_path):
+    lines = [json.dumps({"text": ODD}, ensure_ascii=False), json.dumps({"text": "Second."}, ensure_ascii=False)]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert load_text(str(tmp_path / "a.jsonl")).text == ODD + "\n\nSecond."
+
+
+def test_a_byte_order_mark_is_none_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffGrüße.", encoding="utf-8")
+    (tmp_path / "A.TXT").write_text("Grüße.", encoding="utf-8")
+    (tmp_path / "A.JSONL").write_text("\ufeff" + json.dumps({"text": "Grüße."}) + "\n", encoding="utf-8")
+    assert {load_text(str(tmp_path / name)).text for name in ("a.txt", "A.TXT", "A.JSONL")} == {"Grüße."}
+
+
+def test_half_of_a_surrogate_pair_becomes_the_replacement_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ok \\ud83d\\ude00 cut \\ud83d"}', encoding="utf-8")
+    text = load_text(str(tmp_path / "a.jsonl"))
+    assert text.text == "ok 😀 cut \ufffd" and text.size == len(text.text.encode())
+
+
+@pytest.mark.parametrize("content", [b"\0" * 4000, "Plain words, but in UTF-16. ".encode("utf-16-le") * 40])
+def test_nuls_are_no_text(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match="full of NUL characters"):
+        load_text(str(tmp_path / "a.txt"))
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """The same two documents, and a row without one, in every kind of file."""
+    rows = {"text": ["Grüße,\nzwei Zeilen.", None, ODD.replace("\x0c", "")], "id": [1, 2, 3]}
+    table = datasets.Dataset.from_dict(rows)
+    table.to_csv(tmp_path / "a.csv")
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(
+        json.dumps([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+    )
+    table.to_json(tmp_path / "lines.json")
+    return tmp_path
+
+
+def test_csv_json_and_parquet_hold_the_same_documents(tables, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tables / "cache")
+    for name in ("a.csv", "a.json", "a.parquet", "lines.json"):
+        text = load_text(str(tables / name))
+        assert text.text == "Grüße,\nzwei Zeilen.\n\n" + ODD.replace("\x0c", ""), name
+        assert (text.name, text.version) == (name, "file")
+        with pytest.raises(UserError, match=f"--calibration-column body: .*{name} has text, id"):
+            load_text(str(tables / name), column="body")
+        with pytest.raises(UserError, match="--calibration-column id: it holds int, texts or chats are needed"):
+            load_text(str(tables / name), column="id")
+    assert not list((tables / "cache").rglob("*.arrow")), "rows are streamed, not converted"
+
+
+def test_a_folder_is_read_as_datasets_reads_it(tables, tmp_path):
+    for name in ("texts", "rows"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("Line one.\nLine two.")
+    (tmp_path / "texts" / "two.txt").write_text("Another text.")
+    text = load_text(str(tmp_path / "texts"))
+    assert text.text == "Line one.\nLine two.\n\nAnother text." and (text.name, text.version) == ("texts", "folder")
+    (tables / "a.parquet").rename(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    datasets.Dataset.from_dict({"text": ["held out"], "id": [9]}).to_parquet(tmp_path / "rows" / "test.parquet")
+    assert (
+        load_text(str(tmp_path / "rows")).text.startswith("Grüße")
+        and "held out" not in load_text(str(tmp_path / "rows")).text
+    )
+    assert load_text(str(tmp_path / "rows"), split="test").text == "held out"
+    with pytest.raises(UserError, match="no Hub data set that can be read"):
+        load_text(str(tmp_path / "rows"), split="dev")
+
+
+@pytest.mark.parametrize("name", ["empty", "pictures"])
+def test_a_folder_without_texts_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    if name == "pictures":
+        (tmp_path / name / "a.bin").write_bytes(b"\0")
+    with pytest.raises(UserError, match=f"--calibration .*{name}: not one of wikipedia") as caught:
+        load_text(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("a.parquet", b"nonsense"),
+        ("a.json", b"{"),
+        ("a.json", b"[1, 2]"),
+        ("a.csv", b"\xff\xfe\x00\x01"),
+        ("a.csv", b""),
+    ],
+)
+def test_a_damaged_table_is_refused(tmp_path, file, content):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match="--calibration") as caught:
+        load_text(str(tmp_path / file))
+    assert "\n" not in str(caught.value)
+
+
+CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+
+
+def spoken(turns):
+    return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns)
+
+
+def test_chats_go_through_the_chat_template(tmp_path):
+    datasets.Dataset.from_dict({"messages": [CHAT, CHAT[:1]]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in (CHAT, CHAT[:1])))
+    for name in ("a.parquet", "a.jsonl"):
+        text = load_text(str(tmp_path / name), column="messages", chat=spoken)
+        assert text.text == "<user>Hello?<assistant>Hi.\n\n<user>Hello?"
+
+
+def test_chats_of_a_hub_data_set_do_too(hub_rows, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [{"messages": CHAT}])
+    assert load_text("org/chats", column="messages", chat=spoken).text == "<user>Hello?<assistant>Hi."
+
+
+def test_the_template_is_the_tokenizers(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(make_base(tmp_path / "base"))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT}))
+    with pytest.raises(UserError, match="chat template does not take the chats in messages") as caught:
+        load_text(str(tmp_path / "a.jsonl"), column="messages", chat=chat_of(tokenizer))
+    assert "\n" not in str(caught.value)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    text = load_text(str(tmp_path / "a.jsonl"), column="messages", chat=chat_of(tokenizer))
+    assert text.text == "[user] Hello?[assistant] Hi."
+
+
+@pytest.mark.parametrize(
+    "turns", [["Hello?"], [{"from": "human", "value": "Hello?"}], [{"role": "user", "content": [{"type": "text"}]}], []]
+)
+def test_lists_that_are_no_chats_are_refused(tmp_path, turns):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+    with pytest.raises(UserError, match="a.jsonl: (line 1 is no JSON object|messages holds lists, but not of)"):
+        load_text(str(tmp_path / "a.jsonl"), column="messages", chat=spoken)

@@ -1,5 +1,6 @@
 """Domains: built from settings alone, and what they say of a model."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -53,21 +54,57 @@ def test_a_domain_needs_settings_alone(language):
     assert again.metrics(language.load(language.base.path)) == language.metrics(language.load(language.base.path))
 
 
+def test_a_model_is_compared_with_the_dense_one(language, tmp_path):
+    dense, other = (language.load(language.base.path) for _ in range(2))
+    reference = language.predictions(dense, tmp_path / "kept")
+    assert not reference.writing and len(list(reference.folder.iterdir())) == 6
+    size = sum(file.stat().st_size for file in reference.folder.iterdir())
+    assert 0.9 * language.prediction_bytes < size < 1.1 * language.prediction_bytes
+    same = language.metrics(dense, reference)
+    assert same["kl"]["value"] < 1e-5 and same["agreement"]["value"] == 1
+    other.lm_head.weight.data += 0.1 * torch.randn(
+        other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+    )
+    found = language.metrics(other, reference)
+    p, q = (
+        torch.cat([one(rows).logits[:, :-1].double().log_softmax(-1) for rows in language.windows.values()])
+        for one in (dense, other)
+    )
+    kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    assert found["kl"]["value"] == pytest.approx(kl.mean().item(), rel=5e-3) and found["kl"]["n"] == 6
+    assert language.data_rows(found) == language.data_rows(language.metrics(other))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"calibration": "nul.txt"}, "full of NUL characters"),
         ({"seqlen": 129}, "--seqlen 129: .* takes 128 tokens at most"),
         ({"eval_seqlen": 200}, "--eval_seqlen 200: .* takes 128 tokens at most"),
-        ({"eval_windows": 0}, "--eval-windows 0"),
-        ({"task_limit": 0}, "--task_limit 0"),
         ({"tasks": ["no_such_task"]}, "no_such_task"),
         ({"calibration": "nothing.txt"}, "nothing.txt"),
     ],
     ids=str,
 )
-def test_what_is_impossible_is_said_at_once(language, changes, said):
+def test_what_is_impossible_is_said_at_once(language, changes, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nul.txt").write_bytes(b"\0" * 5000)
     with pytest.raises(UserError, match=said):
         Language(language.settings | changes).check()
+
+
+def test_it_calibrates_on_chats_as_the_model_speaks_them(language, tmp_path):
+    chats = [[{"role": "user", "content": f"number {i}?"}, {"role": "assistant", "content": str(i)}] for i in range(99)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    made = Language(
+        language.settings | {"calibration": str(tmp_path / "chats.jsonl"), "calibration_column": "messages"}
+    )
+    with pytest.raises(UserError, match="chat template"):
+        made.check()
+    again = Language(made.settings)
+    again.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    again.check()
+    assert again.text.text.startswith("<user>number 0?<assistant>0\n\n<user>number 1?")
 
 
 def test_rows_say_what_was_used(language):

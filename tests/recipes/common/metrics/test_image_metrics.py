@@ -1,13 +1,11 @@
 """Metrics of classifiers: against their definitions, against scikit-learn, and the bounds that attacks must keep."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.stats
 import sklearn.metrics
 import torch
 from hypothesis import given, settings
@@ -18,16 +16,17 @@ from torch.nn import functional as F
 from recipes.common.data.image_batches import ImageTensors, make_processor
 from recipes.common.data.images import load_images
 from recipes.common.metrics import images as image_metrics
+from recipes.common.metrics.fidelity import Reference
 from recipes.common.metrics.images import (
     DETECTION,
     METRICS,
     auroc,
     brier,
     check_metrics,
-    compare_paired,
     confidence,
     correct,
     ece,
+    ece_parts,
     energy,
     evaluation_rows,
     fgsm,
@@ -44,7 +43,7 @@ from recipes.common.metrics.images import (
 from zoo.errors import UserError
 from zoo.record.card import metric_source
 from zoo.record.compare import compare
-from zoo.record.format import metric_title
+from zoo.record.format import FIDELITY, metric_title
 from zoo.record.schema import _check_metric
 
 
@@ -352,7 +351,7 @@ def test_every_metric_is_measured_under_its_key(measured, data):
         _check_metric(m, key, seeds=1)
         assert m["n_of"] == "items" and m["n"] == {"fgsm": 50, "pgd": 50}.get(key, 2000 if "cifar10" in key else 200)
         assert m["higher_is_better"] is (key in ("accuracy", "top5", "fgsm", "pgd") or key.startswith("auroc"))
-        assert (m["spread"] is None) is key.startswith("ece")
+        assert m["spread"] is not None
 
 
 def test_the_numbers_are_those_of_the_logits(measured, model, data, processor, test_images):
@@ -414,12 +413,47 @@ def test_a_report_describes_every_set_and_titles_every_metric(measured, data):
 
 
 def test_a_likelihood_gain_within_the_scatter_of_its_items_is_undecided(measured):
-    report = {"dense": measured}
     better = {key: m | {"value": m["value"] - 0.5 * (m["spread"] or 0)} for key, m in measured.items()}
     much_better = {key: m | {"value": m["value"] - 4 * (m["spread"] or 0)} for key, m in measured.items()}
     for key in ("nll", "brier"):
-        assert compare(report, key, better[key], measured[key]) == "undecided"
-        assert compare(report, key, much_better[key], measured[key]) == "better"
+        for ours, verdict in ((better, "undecided"), (much_better, "better")):
+            report = {"dense": measured, "compressed": ours, "baselines": {"same": measured}}
+            assert compare(report, key, "same") == verdict
+
+
+def test_means_come_with_a_value_for_every_image(measured):
+    for key, m in measured.items():
+        if not key.startswith("auroc"):
+            (raw,) = m["raw"]
+            assert len(raw) == m["n"] and sum(raw) / len(raw) == pytest.approx(m["value"], abs=1e-6), key
+    assert set(measured["accuracy"]["raw"][0]) <= {0, 1} and "raw" not in measured["auroc/uniform"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9), st.integers(0, 1)), min_size=1, max_size=40))
+def test_the_parts_of_ece_have_it_as_their_mean(rows):
+    logits, labels = torch.tensor([row[:2] for row in rows]), torch.tensor([row[2] for row in rows])
+    confidence, predicted = logits.double().softmax(1).max(1)
+    place = (confidence * 15).ceil()
+    gaps = [(confidence[place == b] - (predicted == labels)[place == b].double()).sum().abs().item() for b in range(16)]
+    assert ece_parts(logits, labels).mean().item() == pytest.approx(sum(gaps) / len(rows), abs=1e-9)
+
+
+def test_classifiers_are_compared_with_the_dense_one(model, data, processor, tmp_path):
+    dense = measure_images(model, data, ["accuracy"], processor, reference=Reference(tmp_path, writing=True))
+    assert {key: dense[key]["value"] for key in FIDELITY} == {"kl": 0, "kl_median": 0, "kl_p99": 0, "agreement": 1}
+    torch.manual_seed(5)
+    other = Small(24)
+    found = measure_images(other, data, ["accuracy"], processor, reference=Reference(tmp_path))
+    test = ImageTensors(data.test, processor)
+    p, q = (predict(one, test).double().log_softmax(1) for one in (model, other))
+    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    assert found["kl"]["value"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert found["kl_median"]["value"] == pytest.approx(kl.median().item(), rel=1e-2)
+    assert found["kl_p99"]["value"] == pytest.approx(kl.quantile(0.99).item(), rel=1e-2)
+    same = (p.argmax(1) == q.argmax(1)).double()
+    assert found["agreement"]["value"] == pytest.approx(same.mean().item()) and found["agreement"]["n"] == len(test)
+    assert metric_source({"data": {"evaluation": {"test": data.row("test")}}}, "kl")[1]["items"] == len(test)
 
 
 def test_mistakes_are_told(model, data, processor):
@@ -433,26 +467,3 @@ def test_mistakes_are_told(model, data, processor):
 
     with pytest.raises(UserError, match="outputs are NaN"):
         measure_images(Broken(24), data, ["accuracy"], processor)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
-def test_two_models_are_compared_item_by_item(answers):
-    first, second = torch.tensor(answers).T
-    found = compare_paired(first, second)
-    counts = Counter(answers)
-    assert (found.wins, found.losses) == (counts[True, False], counts[False, True])
-    difference = first.double() - second.double()
-    assert math.isclose(found.difference, difference.mean(), abs_tol=1e-12)
-    assert math.isclose(found.standard_error, difference.std(correction=0) / math.sqrt(len(answers)), abs_tol=1e-9)
-    discordant = found.wins + found.losses
-    expected = scipy.stats.binomtest(found.wins, discordant).pvalue if discordant else 1.0
-    assert math.isclose(found.p_value, expected, rel_tol=1e-9)
-
-
-def test_pairing_decides_what_two_standard_errors_cannot():
-    second = torch.rand(2000, generator=Generator().manual_seed(0)) < 0.7
-    first = second.clone()
-    first[(~second).nonzero()[:30, 0]] = True  # 1.5 points better: within 2 of 1.45 points, the unpaired error
-    found = compare_paired(first, second)
-    assert found.p_value < 1e-6 and found.difference > 4 * found.standard_error

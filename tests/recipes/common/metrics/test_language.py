@@ -11,14 +11,17 @@ from recipes.common.data.assets import asset_path
 from recipes.common.data.base_models import resolve_model
 from recipes.common.data.texts import evaluation_windows, load_text
 from recipes.common.metrics import language as evaluation
+from recipes.common.metrics.fidelity import Reference
 from recipes.common.metrics.language import (
     LOCAL_TASKS,
     perplexity,
     read_items,
     run_tasks,
+    text_metrics,
     window_nlls,
 )
 from zoo.errors import UserError
+from zoo.record.format import FIDELITY
 
 VOCABULARY = 50
 
@@ -67,6 +70,34 @@ def test_perplexity_is_its_definition(windows, batch_size):
     assert measured["spread"] == pytest.approx(math.exp(mean) * deviation / math.sqrt(5), rel=1e-4)
     rest = {key: measured[key] for key in ("n", "n_of", "unit", "higher_is_better")}
     assert rest == {"n": 5, "n_of": "windows", "unit": "ppl", "higher_is_better": False}
+    assert measured["raw"] == [pytest.approx(nlls, rel=1e-5)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_fidelity_is_that_of_the_predictions_of_held_out_tokens(windows, batch_size, tmp_path):
+    texts = {"A": windows, "B": windows.flip(0)[:, 2:]}
+    dense, other = tiny_llama(), tiny_llama()
+    other.lm_head.weight.data += 0.3 * torch.randn(
+        other.lm_head.weight.shape, generator=torch.Generator().manual_seed(3)
+    )
+    own = text_metrics(dense, texts, batch_size, Reference(tmp_path, writing=True), compared=3)
+    assert {key: own[key]["value"] for key in FIDELITY} == {"kl": 0, "kl_median": 0, "kl_p99": 0, "agreement": 1}
+    assert len(list(tmp_path.iterdir())) == 6, "a file for each window that is compared"
+    found = text_metrics(other, texts, batch_size, Reference(tmp_path), compared=3)
+    kl, same = [], []
+    with torch.no_grad():
+        for rows in texts.values():
+            for ids in rows[:3]:
+                p, q = (one(ids[None]).logits[0, :-1].double().log_softmax(-1) for one in (dense, other))
+                kl.append(torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1))
+                same.append((p.argmax(-1) == q.argmax(-1)).double())
+    assert found["kl"]["raw"][0] == pytest.approx([part.mean().item() for part in kl], rel=5e-3)
+    assert found["agreement"]["raw"][0] == pytest.approx([part.mean().item() for part in same])
+    assert found["kl"]["value"] == pytest.approx(sum(part.mean().item() for part in kl) / 6, rel=5e-3)
+    assert found["kl_median"]["value"] == pytest.approx(torch.cat(kl).quantile(0.5).item(), rel=1e-2)
+    assert found["kl_p99"]["value"] == pytest.approx(torch.cat(kl).quantile(0.99).item(), rel=1e-2)
+    assert {found[key]["n"] for key in FIDELITY} == {6} and found["perplexity/A"]["n"] == 5
+    assert text_metrics(other, texts).keys() == {"perplexity/A", "perplexity/B"}
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(windows):
@@ -149,7 +180,7 @@ def test_items_without_exactly_one_right_answer_are_left_out(tmp_path, monkeypat
     assert read_items("any") == [{"q": "q", "choices": ["a", "b"], "gold": 1}]
 
 
-def by_hand(model, tokenizer, task: str, limit: int) -> float:
+def by_hand(model, tokenizer, task: str, limit: int) -> list[bool]:
     """Accuracy of picking the likeliest answer, by log-likelihood (acc) or that per character (acc_norm)."""
     score, prompt = LOCAL_TASKS[task]
     hits = []
@@ -164,7 +195,7 @@ def by_hand(model, tokenizer, task: str, limit: int) -> float:
             total = logp[:-1].gather(1, ids[0, 1:, None])[n - 1 :].sum().item()
             totals.append(total / len(choice) if score == "acc_norm" else total)
         hits.append(totals.index(max(totals)) == item["gold"])
-    return sum(hits) / limit
+    return hits
 
 
 def test_task_scores_are_those_computed_by_hand(smollm2):
@@ -174,7 +205,8 @@ def test_task_scores_are_those_computed_by_hand(smollm2):
     assert list(measured) == [f"{score}/{task}" for task, (score, _) in LOCAL_TASKS.items()]
     for task, (score, _) in LOCAL_TASKS.items():
         entry = measured[f"{score}/{task}"]
-        assert entry["value"] == pytest.approx(by_hand(model, tokenizer, task, 30), abs=1e-9)
+        hits = by_hand(model, tokenizer, task, 30)
+        assert entry["value"] == pytest.approx(sum(hits) / 30, abs=1e-9) and entry["raw"] == [hits]
         assert entry["spread"] == pytest.approx(math.sqrt(entry["value"] * (1 - entry["value"]) / 29), rel=1e-6)
         assert (entry["n"], entry["n_of"], entry["unit"], entry["higher_is_better"]) == (30, "items", "fraction", True)
 

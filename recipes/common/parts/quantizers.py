@@ -19,10 +19,10 @@ from zoo.errors import UserError
 HQQ_P, HQQ_BETA, HQQ_KAPPA, HQQ_STEPS = 0.7, 10.0, 1.01, 20
 GPTQ_CHUNK = 128  # columns whose updates are applied to the rest at once
 GPTQ_DAMPING = 0.05  # of the mean diagonal of H
-SEARCH = tuple(1 - step / 100 for step in range(80))  # shares of a group's range that GPTQ's search tries
+SEARCH = tuple(1 - step / 100 for step in range(80))  # shares of a group's range that RTN's search tries
 SEARCH_POWER = 2.4
 AWQ_GRID = 20
-AWQ_CLIPS = tuple(1 - step / 20 for step in range(11))
+CLIPS = tuple(1 - step / 20 for step in range(11))  # the same of AWQ's search, and of GPTQ's by the output's error
 GPTQ_TOKENS = 20  # calibration tokens per input feature below which GPTQ may lose to rounding
 
 
@@ -58,13 +58,14 @@ def min_max(
     """(scale, zero) (…,) of groups (…, g) whose range reaches from the smallest to the largest weight and holds 0.
 
     Asymmetric: zero is an integer code, uint8. Symmetric: zero is 2^(bits - 1) and the largest magnitude the last code.
+    Of a group of equal weights the scale is their magnitude, which is then a code away from 0 and loses nothing.
     """
     top = 2**bits - 1
     low, high = shrink * grouped.amin(-1).clamp_max(0), shrink * grouped.amax(-1).clamp_min(0)
     scale = (high - low) / top
     if symmetric:
         scale = torch.maximum(-low / 2 ** (bits - 1), high / max(2 ** (bits - 1) - 1, 1))
-    scale = scale.to(dtype).float()
+    scale = torch.where(grouped.amin(-1) == grouped.amax(-1), high - low, scale).to(dtype).float()
     scale = torch.where(scale > 0, scale, 1.0)  # a group of zeros
     if symmetric:
         return scale, None
@@ -148,46 +149,75 @@ def gptq(
     symmetric: bool,
     dtype: torch.dtype,
     search: bool = False,
+    act_order: bool = False,
 ) -> Quantized:
     """GPTQ: column by column, each error moved onto the columns that follow by the inverse of H = mean x x^T.
 
     e = (w - q) / U_ii and w[:, j:] -= e U[i, j:], U the upper Cholesky factor of (H + damping)^-1. A group's scale is
-    computed when its first column is reached, from the weights as updated until then. Inputs that are always 0 have
-    weight 0. With H = I it equals round-to-nearest. Raises: UserError when H has no factor even with heavy damping.
+    computed when its first column is reached, from the weights as updated until then. act_order: the inputs of largest
+    second moment come first; groups stay those of the stored order, so their scales are computed beforehand, from the
+    weights as they were ("static groups"). search: ranges by `search_range`, squares weighted by the second moments.
+    Inputs that are always 0 have weight 0. With H = I it equals round-to-nearest.
+    Raises: UserError when H has no factor even with heavy damping.
     """
     d_out, d_in = weight.shape
     group = d_in if group_size == -1 else group_size
-    groups_of(weight, group_size)
-    H = stats.hessian.clone()
-    dead = H.diagonal() == 0
-    H.diagonal()[dead] = 1
+    moment = stats.hessian.diagonal()
+    dead = moment == 0
+    weight = torch.where(dead, 0.0, weight)
+    order = moment.argsort(descending=True, stable=True) if act_order else torch.arange(d_in)
+    H = stats.hessian[order][:, order]
+    H.diagonal()[dead[order]] = 1
     U = inverse_cholesky(H, GPTQ_DAMPING)
-    columns = torch.where(dead, 0.0, weight).T.contiguous()  # (d_in, d_out): a column of W is a contiguous row here
+    columns = weight.T[order]  # (d_in, d_out): a column of W is a contiguous row here, in the order of work
     codes = torch.empty(d_in, d_out, dtype=torch.uint8)
-    scales = torch.empty(d_in // group, d_out)
-    zeros = torch.empty(d_in // group, d_out, dtype=torch.uint8)
+    scales = torch.empty(d_out, d_in // group)
+    zeros = torch.empty(d_out, d_in // group, dtype=torch.uint8)
+
+    def set_range(grouped: Tensor, groups: slice) -> None:
+        """The scales of some groups (d_out, groups, g)."""
+        options = bits, symmetric, dtype
+        if search:
+            importance = moment.clamp_min(1e-30).view(-1, group)[groups]
+            scale, zero = search_range(grouped, *options, importance, 2.0, CLIPS)
+        else:
+            scale, zero = min_max(grouped, *options)
+        scales[:, groups], zeros[:, groups] = scale, 2 ** (bits - 1) if zero is None else zero
+
+    grouped = groups_of(weight, group_size)
+    if act_order:
+        set_range(grouped, slice(None))
     for start in range(0, d_in, GPTQ_CHUNK):
         end = min(start + GPTQ_CHUNK, d_in)
         errors = torch.zeros(end - start, d_out)
         for i in range(start, end):
-            if i % group == 0:
+            place = order[i].item() // group
+            if not act_order and i % group == 0:
                 # a group that reaches beyond this chunk sees the updates that its later columns still miss
                 seen = columns[i : i + group].clone()
                 if i + group > end:
                     seen[end - i :] -= U[start:i, end : i + group].T @ errors[: i - start]
-                scale, zero = (search_range if search else min_max)(seen.T, bits, symmetric, dtype)
-                scales[i // group] = scale
-                zeros[i // group] = 2 ** (bits - 1) if zero is None else zero
-            scale, zero = scales[i // group], zeros[i // group].float()
+                set_range(seen.T[:, None], slice(place, place + 1))
+            scale, zero = scales[:, place], zeros[:, place].float()
             w = columns[i]
             code = (w / scale + zero).round().clamp(0, 2**bits - 1)
-            codes[i] = code.to(torch.uint8)
+            codes[order[i]] = code.to(torch.uint8)
             error = (w - scale * (code - zero)) / U[i, i]
             columns[i + 1 : end].addr_(U[i, i + 1 : end], error, alpha=-1)
             errors[i - start] = error
         columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
-    zeros = None if symmetric else zeros.T.contiguous()
-    return Quantized(codes.T.contiguous(), scales.T.contiguous(), zeros, bits)
+    return Quantized(codes.T.contiguous(), scales, None if symmetric else zeros, bits)
+
+
+def strong_gptq(
+    weight: Tensor, stats: LayerStats, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype
+) -> Quantized:
+    """GPTQ with act-order, its ranges searched or from the extremes, whichever loses less of the output: a searched range
+    leaves no room for the errors that columns take over, which tells at 4 bits and more.
+    """
+    options = weight, stats, bits, group_size, symmetric, dtype
+    found = (gptq(*options, search=search, act_order=True) for search in (False, True))
+    return min(found, key=lambda q: output_loss(q.dequantize() - weight, stats))
 
 
 def awq_scales(
@@ -237,7 +267,7 @@ def awq(
     plain = rtn(scaled, bits, group_size, symmetric, dtype)
     grouped = groups_of(scaled, group_size)
     importance = groups_of((sanitize(stats.second_moment) / columns.square())[None], group_size)
-    scale, zero = search_range(grouped, bits, symmetric, dtype, importance, 2.0, AWQ_CLIPS)
+    scale, zero = search_range(grouped, bits, symmetric, dtype, importance, 2.0, CLIPS)
     codes = to_codes(grouped, scale, 2.0 ** (bits - 1) if zero is None else zero, bits)
     clipped = Quantized(codes.flatten(1), scale, zero, bits)
     return min((plain, clipped), key=lambda q: output_loss(q.dequantize() * rows[:, None] / columns - weight, stats))
