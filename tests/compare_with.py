@@ -115,8 +115,8 @@ RUNS = {
         "two seeds": ("--seeds 2 --retrieval_items 1 --retrieval_tokens 3000", "verify out"),
         "another seed": ("--seed 1 --baselines none",),
         "kivi": (
-            "--mode kivi --objective ppl --prefill quantized --no_prune --no_cluster --max_bits 5 --speed_tokens 64"
-            " --baselines KV4 per-token-4 knapsack random unclustered",
+            "--mode kivi --objective ppl --prefill quantized --no_prune --max_bits 5 --speed_tokens 64"
+            " --baselines KV4 per-token-4 knapsack random clustered",
         ),
         "given table": ("--load_table {inputs}/table.json --max_bits 6.75 --baselines KV4 --seed 1",),
         "packed weights": ("--model {old}/layerwise-quant/gptq/out --baselines KV4 second within-6", "verify out"),

@@ -80,7 +80,7 @@ ENTRIES = (
         hub_repo="slimzoo/smollm2-135m-instruct-layerwise-quant",
     ),
     Entry(
-        name="smollm2-135m-instruct-kvtuner-3.25",
+        name="smollm2-135m-instruct-kvtuner-4",
         recipe="kvtuner",
         base="HuggingFaceTB/SmolLM2-135M-Instruct",
         hub_repo="slimzoo/smollm2-135m-instruct-kvtuner",

@@ -111,13 +111,16 @@ def check_length(ids: Tensor, new_tokens: int, model: PreTrainedModel) -> None:
 def open_image(path: str | Path) -> Image.Image:
     """An uploaded image in RGB, upright. Raises: UserError, before a pixel is decoded, for a file or image that is too large
     or too long, and for what is no image that can be read."""
-    size = Path(path).stat().st_size
-    if size > MAX_IMAGE_BYTES:
-        raise UserError(f"The file has {size / 2**20:.1f} MiB; at most {MAX_IMAGE_BYTES >> 20} MiB are allowed.")
     try:
+        size = Path(path).stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise UserError(f"The file has {size / 2**20:.1f} MiB; at most {MAX_IMAGE_BYTES >> 20} MiB are allowed.")
         with Image.open(path, formats=IMAGE_FORMATS) as image:  # reads the header only
             check_size(image.width, image.height)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+                upright = upright.convert("I").point(lambda value: value / 256).convert("L")
+            return upright.convert("RGB")
     except UserError:
         raise
     except Exception:  # PIL lists nowhere what it raises on damaged files

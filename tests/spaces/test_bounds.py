@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 import httpx
+import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -74,6 +75,12 @@ def test_images_within_the_bounds_are_opened(tmp_path):
     sideways[0x0112] = 6  # orientation: turned by a quarter
     Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg", exif=sideways)
     assert open_image(tmp_path / "image.jpg").size == (30, 40)
+
+
+def test_sixteen_bits_of_grey_keep_their_shades(tmp_path):
+    shades = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "image.png")
+    assert (np.asarray(open_image(tmp_path / "image.png"))[..., 0] == shades // 256).all()
 
 
 def test_other_formats_and_damaged_files_are_no_images(tmp_path):

@@ -410,6 +410,8 @@ def test_a_stored_type_that_the_format_does_not_declare_is_refused(ragged, tmp_p
         ("hidden_act", "sillu", "no model can be built from config.json .*sillu"),
         ("transformers_weights", "adapter_model.bin", "names transformers_weights: the weights"),
         ("quantization_config", {"quant_method": "gptq"}, "names quantization_config: the weights"),
+        ("attn_implementation", "some/kernel", "gives attn_implementation 'some/kernel': the name of one"),
+        ("_attn_implementation", {"": "some/kernel"}, "gives _attn_implementation 'some/kernel'"),
     ],
 )
 def test_settings_that_the_files_do_not_bear_out_are_refused_before_memory_is_taken(

@@ -8,6 +8,7 @@ config.json names, which for packed weights is never what anybody wants.
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,10 @@ from ..tensors import TensorFiles, open_weights, read_index, weights_names
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 FOREIGN = ("quantization_config", "transformers_weights")  # would have other weights loaded than those checked here
+IMPLEMENTATIONS = (
+    "attn_implementation",
+    "experts_implementation",
+)  # by name; a repository's would have its code loaded
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 2**31 - 1  # of a number in config.json: no dimension is larger
 MOST_BLOCKS, MOST_LABELS = 10_000, 1_000_000  # of which lists are made before anything can be compared
@@ -52,6 +57,12 @@ def check_settings(config_class: type, settings: dict) -> None:
     for key in FOREIGN:
         if settings.get(key) is not None:
             raise UserError(f"config.json names {key}: the weights of a compressed checkpoint are those beside it.")
+    for key in (*IMPLEMENTATIONS, *(f"_{key}" for key in IMPLEMENTATIONS)):
+        for name in _leaves(settings.get(key)):
+            if name is not None and not re.fullmatch(r"\w+", str(name)):
+                raise UserError(
+                    f"config.json gives {key} {_short(name)}: the name of one of transformers' own is needed."
+                )
     for key in ("dtype", "torch_dtype"):
         value = settings.get(key)
         dtype = getattr(torch, value, None) if isinstance(value, str) else value

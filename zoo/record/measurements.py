@@ -23,7 +23,9 @@ Raw = list[list[list[float]]]  # by seed, model of the seed, window or item
 
 def write_measurements(variants: dict[str, dict[str, Raw]], folder: Path) -> None:
     text = json.dumps({"variants": variants}, separators=(",", ":"), allow_nan=False)
-    (Path(folder) / FILE).write_text(f"{text}\n", encoding="utf-8")
+    partial = Path(folder) / f".{FILE}.part"
+    partial.write_text(f"{text}\n", encoding="utf-8")
+    partial.replace(Path(folder) / FILE)
 
 
 def read_measurements(folder: Path) -> dict[str, dict[str, Raw]]:

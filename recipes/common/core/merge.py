@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from recipes.common.metrics.metric import over_seeds
 from zoo.errors import UserError
 from zoo.record.format import method_name
@@ -11,27 +9,29 @@ from zoo.record.measurements import Raw, paired_differences
 from zoo.record.schema import check_report
 
 Measured = tuple[dict, dict[str, dict[str, Raw]]]  # a report, and its measurements.json
-SAME = 1e-4  # relative; a given dense model, measured twice on different processors, differs less
 
 
 def merge(first: Measured, second: Measured) -> Measured:
     """The report and measurements of `first` with the seeds of `second` added.
 
     Means, deviations and paired differences are those over all seeds. What belongs to one checkpoint (its size, layers,
-    plots of the method, speed) stays that of the first. The cost is the sum.
+    settings, plots of the method, speed) stays that of the first. The cost is the sum.
 
     Raises: UserError if the two were not made alike, or share a seed.
     """
     (one, raw), (other, more) = first, second
     check_alike(one, other)
+    check_raw(*first)
+    check_raw(*second)
     seeds = [*one["seeds"], *other["seeds"]]
-    given = all(same(m, other["dense"][key]) for key, m in one["dense"].items())
+    given = (
+        one["base_model"]["sha256"] == other["base_model"]["sha256"]
+    )  # else each seed trains a dense model of its own
     cost = one["cost"] | {
         "seconds": one["cost"]["seconds"] + other["cost"]["seconds"],
         "peak_rss_bytes": max(one["cost"]["peak_rss_bytes"], other["cost"]["peak_rss_bytes"]),
     }
     report = one | {
-        "config": one["config"] | {"seeds": len(seeds)},
         "seeds": seeds,
         "dense": one["dense"] if given else together(one, other, one["dense"], other["dense"]),
         "compressed": together(one, other, one["compressed"], other["compressed"]),
@@ -72,8 +72,12 @@ def check_alike(one: dict, other: dict) -> None:
         raise UserError(f"seed {twice[0]} is in both runs.")
 
 
-def same(a: dict, b: dict) -> bool:
-    return math.isclose(a["value"], b["value"], rel_tol=SAME)
+def check_raw(report: dict, raw: dict[str, dict[str, Raw]]) -> None:
+    """Raises: UserError if the measurements are not those of the report's variants and seeds."""
+    variants = {"dense", method_name(report), *report["baselines"]}
+    allowed = {name: (len(report["seeds"]), *([1] if name == "dense" else [])) for name in variants}
+    if raw.keys() != variants or any(len(rows) not in allowed[name] for name in raw for rows in raw[name].values()):
+        raise UserError(f"measurements.json is not of the report's models and seeds {report['seeds']}: restore both.")
 
 
 def by_seed(metrics: dict[str, dict], count: int) -> list[dict[str, dict]]:

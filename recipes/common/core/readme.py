@@ -84,8 +84,8 @@ def add(folder: Path) -> Path:
         report, raw = merge(*measured)
     except UserError as error:
         raise UserError(f"--add {folder}: {error}") from None
-    write_measurements(raw, place)
     plots.draw(report, place)
+    write_measurements(raw, place)
     made = {name: digest for name, digest in hash_files(place).items() if name in report["files"]}
     write_text(place / "report.json", as_text(report | {"files": report["files"] | made}))
     return place

@@ -16,12 +16,14 @@ from torch import nn
 
 from recipes.common.core import report as reports
 from recipes.common.core.state import (
+    OVERWRITES,
     PLACING,
     World,
     cached_json,
     check_device,
     check_resources,
     discard,
+    is_there,
     names_in,
     open_state,
     refuse_existing,
@@ -216,6 +218,8 @@ def put_into_place(recipe: Recipe) -> None:
     """
     for made, place in places(recipe).items():
         if made.exists():
+            if is_there(place) and place.name not in names_in(recipe.state_path / OVERWRITES):
+                raise UserError(f"{place}: it appeared while the run worked; move it away and pass --resume.")
             discard(place)
             made.replace(place)
     if recipe.push_to_hub:

@@ -605,7 +605,7 @@ def test_preconfig_widens_what_the_budgets_allow(capsys, images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget_params", "0"], "more than 0"),
+        (["--budget_params", "0"], "a number above 0"),
         (["--budget_params", "9e9"], "the base has"),
         (["--budget_params", "0.001"], "even the smallest widths need"),
         (["--preconfig", "--source", "snip"], "only --source synexp"),

@@ -62,6 +62,17 @@ def test_whichever_move_is_the_last_before_a_kill_the_next_run_makes_the_others(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-dense"]
 
 
+def test_what_appeared_while_the_run_worked_is_not_replaced(toy, tmp_path):
+    (toy.state_path / "overwrites.json").write_text(json.dumps(["out-dense"]))
+    for _ in range(2):
+        with pytest.raises(UserError, match="out: it appeared while the run worked"):
+            put_into_place(toy)
+        assert left(tmp_path) == {"out/weights": "old", "out-dense/weights": "new"} and is_made(toy)
+    discard(tmp_path / "out")
+    put_into_place(toy)
+    assert left(tmp_path) == {"out/weights": "new", "out-dense/weights": "new"}
+
+
 def test_what_is_neither_made_nor_in_place_is_made_again(toy):
     *_, (made, place) = places(toy).items()
     discard(made)

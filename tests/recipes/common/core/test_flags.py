@@ -98,7 +98,7 @@ def test_help_tells_ranges_and_what_turns_a_flag_off(capsys):
         (["--banana", "1"], "unrecognized arguments: --banana 1; see --help."),
         (["--lr", "inf"], "--lr inf: a number above 0 and at most 10 is needed."),
         (["--lr", "1e30"], "--lr 1e+30: a number above 0 and at most 10 is needed."),
-        (["--refit", "x"], "--refit x: one of A+S, A, none is needed."),
+        (["--refit", "x"], "--refit x: one of M+A+S+B, A+S+B, A+S, A, none is needed."),
         (["--seeds", "0"], "--seeds 0: a whole number from 1 to 100 is needed."),
         (["--seed", str(2**64)], "--seed 18446744073709551616: a whole number from 0 to 4,611,686,018,427,387,904"),
         (["--eval_seqlen", str(10**8)], "--eval_seqlen 100000000: a whole number from 2 to 16,777,216 is needed."),

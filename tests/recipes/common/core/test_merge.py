@@ -31,7 +31,7 @@ def report_of(*seeds):
     found, raw = {name: over_seeds(runs) for name, runs in variants.items()}, raw_values(variants)
     point = [{"x": 1.0, "metrics": over_seeds([measured(seed, "swept") for seed in seeds])}]
     report |= {
-        "config": report["config"] | {"seed": seeds[0], "seeds": len(seeds)},
+        "config": report["config"] | {"seed": seeds[0], "seeds": 1},  # of the run that made the checkpoint
         "seeds": list(seeds),
         "dense": found["dense"],
         "compressed": found[own],
@@ -55,6 +55,23 @@ def test_merged_seeds_are_one_run_of_all():
     assert found_raw == raw and found["compressed"]["accuracy"]["n_of"] == "seeds"
     assert found["cost"].pop("peak_rss_bytes") == 700 and wanted["cost"].pop("peak_rss_bytes") == 500
     assert found == wanted
+
+
+def test_seeds_that_train_a_dense_model_each_keep_them_all():
+    """Also where two happen to be equally good."""
+    runs = []
+    for seed in SEEDS[:2]:
+        report, raw = report_of(seed)
+        runs.append((report | {"base_model": report["base_model"] | {"sha256": f"{seed}" * 64}}, raw))
+    report, raw = merge(*runs)
+    assert report["dense"]["accuracy"]["values"] == [runs[0][0]["dense"]["accuracy"]["value"]] * 2
+    assert len(raw["dense"]["accuracy"]) == 2 and "accuracy" in report["paired"]["dense"]
+
+
+def test_measurements_of_other_seeds_are_refused():
+    (report, _), (_, raw) = report_of(5), report_of(6, 7)
+    with pytest.raises(UserError, match="not of the report's models and seeds"):
+        merge((report, raw), report_of(8))
 
 
 @pytest.mark.parametrize(
