@@ -162,6 +162,7 @@ def compress(folder, methods, store) -> None:
     compress_blocks(StreamedModel(folder), tokens, methods, store)
 
 
+@pytest.mark.slow
 def test_blocks_that_add_nothing_are_compressed_exactly_by_armor_and_its_baselines(hollow, tmp_path):
     recipe, store = Armor(block="16", iters=3), MatrixStore(tmp_path)
     recipe = replace(recipe, baselines=recipe.baseline_names())

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from launching import ENVIRONMENT
 
 KILLING = Path(__file__).resolve().parents[1] / "helpers" / "killing.py"
 LONG = ["--long"] if os.environ.get("SLIMZOO_LONG") == "1" else []
 
 
+@pytest.mark.slow
 def test_killed_runs_are_finished_by_resume(tmp_path):
     command, environment = (
         [sys.executable, str(KILLING), str(tmp_path), *LONG],

@@ -92,6 +92,7 @@ def session(tree, *commands):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_readme_refuses_trains_packs_reports_and_loads(tree):
     command = ["magnitude", "--dataset", "images", *FLAGS]
     refused, listed, made, verified = session(
@@ -118,6 +119,7 @@ def test_the_recipe_of_the_readme_refuses_trains_packs_reports_and_loads(tree):
     assert loaded.returncode == 0 and loaded.stdout.startswith("BitmaskLinear"), loaded.stderr
 
 
+@pytest.mark.slow
 def test_the_language_recipe_of_the_readme_compresses_reports_and_loads(tree):
     make_base(tree / "base", "llama")
     (tree / "text.txt").write_text("some plain words to calibrate on " * 60)

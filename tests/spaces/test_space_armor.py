@@ -7,6 +7,8 @@ from conftest import served
 from example_report import write_run
 from playwright.sync_api import expect
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):

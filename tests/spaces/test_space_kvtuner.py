@@ -7,6 +7,8 @@ from conftest import made, served
 from playwright.sync_api import expect
 from tiny_models import make_base
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--nsamples",
     "2",

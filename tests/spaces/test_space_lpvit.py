@@ -10,6 +10,8 @@ from PIL import Image
 from playwright.sync_api import expect
 from transformers import ConvNextImageProcessorPil, ViTConfig, ViTForImageClassification
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--nsamples",
     "12",

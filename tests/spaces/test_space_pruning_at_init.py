@@ -7,6 +7,8 @@ from conftest import paint, run_recipe, served
 from PIL import Image
 from playwright.sync_api import expect
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--image_size", "16", "--epochs", "1", "--batch_size", "16", "--seeds", "1", "--eval", "accuracy"]
 FLAGS = {
     "random-pruning": ["--model", "resnet-8-4", "--density", "0.3", "--more_densities", "0", "--more_models", "none"],

@@ -80,6 +80,7 @@ def test_bytes_are_those_of_the_formula(model, mode):
     assert (cache.batch_size, cache.get_max_length()) == (2, -1)
 
 
+@pytest.mark.slow
 def test_sixteen_bits_are_a_dynamic_cache(model, attention):
     found = run(model, KVTunerCache.from_config(model.config, table(((16, 16),) * 2)), IDS, chunks=(30,))
     wanted = run(model, DynamicCache(config=model.config), IDS, chunks=(30,))
@@ -119,6 +120,7 @@ def test_decoding_that_dequantises_says_how_to_avoid_it(model, monkeypatch):
     assert set(said) == {cache_module.SLOW} and len(said) == 2  # one a layer; none for a prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["per_token", "kivi"])
 @pytest.mark.parametrize("pair", [*itertools.product((8, 4, 2), (8, 4, 2)), (16, 4), (8, 16)])
 def test_packed_attention_is_dequantised_attention(model, mode, pair):
@@ -518,6 +520,7 @@ def test_assisted_decoding_crops_and_agrees(checkpoint, mode):
     assert crops and torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_compiled_models_give_the_same(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     caches = [KVTunerCache.from_config(model.config) for _ in range(2)]

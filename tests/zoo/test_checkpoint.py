@@ -53,6 +53,7 @@ def assert_same_logits(found, wanted):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     [(family, "armor") for family in FAMILY_SETTINGS] + [("llama", "2:4"), ("qwen2", "ragged"), ("qwen3", (3, 8))],
@@ -163,6 +164,7 @@ def test_tensors_may_take_the_place_of_the_bases(packing, tmp_path):
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"model.norm.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])  # tied, untied, tied by default
 def test_a_packed_head_is_a_matrix_of_its_own(family, tmp_path):
     """The table stays, sizes compare with the dense model as it was."""
@@ -215,6 +217,7 @@ def test_device_maps(checkpoint, tmp_path):
     assert torch.equal(logits(offloaded), reference)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_break(checkpoint):
     model = load(checkpoint)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -522,6 +525,7 @@ def as_repository(folder: Path, cache: Path, name: str) -> str:
     return snapshot
 
 
+@pytest.mark.slow
 def test_a_repository_is_checked_like_a_folder(packing, checkpoint, tmp_path):
     shards = packing.write(tmp_path / "shards", max_shard_bytes=10**5)
     as_repository(checkpoint, tmp_path / "cache", "us/whole")
@@ -750,6 +754,7 @@ def test_a_full_disk_is_noticed_before_and_while_writing(packing, tmp_path, monk
     assert_refused(packing, tmp_path, "the disk is full, at least .* bytes are needed and", tensors=full())
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_run_are_removed_and_running_ones_kept(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from zoo.folder import atomic_folder\n"

@@ -256,6 +256,7 @@ def memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SETTINGS)
 def test_a_damaged_folder_is_refused_in_one_sentence_or_means_the_same(family, tmp_path):
     folder = write_tiny(tmp_path / "whole" / family, family)

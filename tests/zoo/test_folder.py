@@ -167,6 +167,7 @@ def test_tensors_are_read_by_name_only(base):
     assert "model.nowhere.weight" not in tensors and tensors.get("model.nowhere.weight") is None
 
 
+@pytest.mark.slow
 def test_importing_zoo_loads_neither_card_nor_yaml_nor_gguf():
     """transformers imports yaml for itself: none of our modules may."""
     script = (

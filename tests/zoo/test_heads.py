@@ -85,6 +85,7 @@ def test_no_change_of_a_packed_head_is_none(packed_head, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # tied, and not
 def test_a_dense_head_grows_with_the_vocabulary_and_loads_again(family, tmp_path):
     output = Packing(make_base(tmp_path / "base", family), "2:4").write(tmp_path / "out")

@@ -112,6 +112,7 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_without_slimzoo_with_the_same_logits_and_saves_again(folders, run, family, tmp_path):
     wanted = folders[family].parent / f"wanted-{family}.safetensors"
@@ -133,6 +134,7 @@ def test_loads_without_slimzoo_with_the_same_logits_and_saves_again(folders, run
     torch.testing.assert_close(logits, load_file(wanted)["logits"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_consent_it_raises_and_never_loads(folders, run):
     for consent in ("", ", trust_remote_code=False"):
         script = (
@@ -150,6 +152,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True); print
 """
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_refused_without_slimzoo_too(folders, run, tmp_path):
     damaged = shutil.copytree(folders["llama"], tmp_path / "damaged")
     (damaged / "slimzoo_layers_armor.py").unlink()
@@ -178,6 +181,7 @@ print(type(remote).__module__, type(local).__module__, torch.equal(remote(ids).l
 """
 
 
+@pytest.mark.slow
 def test_bundled_and_installed_code_live_in_one_process(folders, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BOTH, str(folders["llama"])]

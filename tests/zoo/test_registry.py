@@ -58,6 +58,7 @@ def run(tmp_path, monkeypatch):
     return write_run(tmp_path / "runs" / "armor", find_entry(ARMOR).base)
 
 
+@pytest.mark.slow
 def test_load_takes_the_local_run_of_the_same_base(run):
     model = load(ARMOR.upper(), dtype=torch.float32)
     assert type(model).__name__ == "SlimLlamaForCausalLM" and model.dtype == torch.float32
@@ -68,6 +69,7 @@ def test_load_takes_the_local_run_of_the_same_base(run):
     assert registry.find_checkpoint(find_entry(ARMOR)) == find_entry(ARMOR).hub_repo
 
 
+@pytest.mark.slow
 def test_without_a_run_or_a_hub_the_recipe_is_named(tmp_path):
     code = f"""
 import zoo
@@ -109,6 +111,7 @@ def test_unmeasured_models_are_listed_without_numbers(clone):
     assert not (clone / "model_cards" / readme.PLOT).exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_over_and_everything_rendered_from_it(clone, run, capsys):
     readme.main(["--take", str(run)])
     entry = find_entry(ARMOR)
@@ -143,6 +146,7 @@ def change_plot(folder):
     (folder.parent / readme.PLOT).unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change_report, change_card, change_leaderboard, change_plot])
 def test_check_fails_when_something_is_out_of_date_and_changes_nothing(clone, run, change, capsys):
     readme.main(["--take", str(run)])
@@ -156,6 +160,7 @@ def test_check_fails_when_something_is_out_of_date_and_changes_nothing(clone, ru
     readme.main(["--check"])
 
 
+@pytest.mark.slow
 def test_bad_input_is_told_in_a_sentence(clone, run, capsys):
     (clone / "README.md").write_text("no markers")
     report = json.loads((run / "report.json").read_text())

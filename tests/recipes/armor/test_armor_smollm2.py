@@ -11,6 +11,8 @@ from recipes.common.data.texts import calibration_windows, load_text
 from recipes.common.loops.streaming import InputStatistics, StreamedModel, output_error, run_block
 from recipes.common.parts.pruners import PerGroup, normalize, nowag, rank_correction, sparsegpt, wanda
 
+pytestmark = pytest.mark.slow
+
 BLOCK = 10
 
 

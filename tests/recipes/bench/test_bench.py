@@ -48,6 +48,7 @@ def small(monkeypatch):
     monkeypatch.setattr(models, "run_apart", in_this_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "ops", "keys"),
     [

@@ -32,6 +32,8 @@ from zoo.cache import CACHE, KVTunerCache
 from zoo.errors import UserError
 from zoo.record.format import FIDELITY
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
 PER_TOKEN, KIVI = FORMATS["per_token"], FORMATS["kivi"]
 

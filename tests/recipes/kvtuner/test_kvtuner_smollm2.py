@@ -14,6 +14,8 @@ from recipes.kvtuner.allocation import pareto_pairs
 from recipes.kvtuner.simulation import measure_errors, quantised_cache
 from recipes.kvtuner.tables import FORMATS, PAIRS, pair_name
 
+pytestmark = pytest.mark.slow
+
 PER_TOKEN, KIVI = FORMATS["per_token"], FORMATS["kivi"]
 LAYERS, PROMPT, DEMOTED = 30, 256, 15
 

@@ -65,6 +65,7 @@ def logits(folder_or_model):
         return model(IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"), [("llama", {}), ("llama", BIASED), ("qwen2", {}), ("gemma3_text", {})], ids=str
 )

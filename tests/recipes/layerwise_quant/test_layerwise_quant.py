@@ -28,6 +28,8 @@ from zoo.errors import UserError
 from zoo.record.format import metric_title
 from zoo.record.verify import verify
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 
 

@@ -12,6 +12,8 @@ from recipes.common.data.texts import calibration_windows, evaluation_windows, l
 from recipes.common.parts.quantizers import rtn
 from recipes.layerwise_quant.importance import kendall_tau, least_first, lim
 
+pytestmark = pytest.mark.slow
+
 GROUP = 64
 HALF = 15  # blocks lowered, of 30
 

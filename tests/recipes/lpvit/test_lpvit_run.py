@@ -84,6 +84,7 @@ def accuracy(model):
 # ----------------------------------------------------------------------------------------------- what blocks are worth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_blocks_chosen_by_curves_and_refitted_keep_what_uniform_ones_lose(seed):
     model = trained(seed)
@@ -250,6 +251,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_command_line_prunes_measures_and_describes_a_checkpoint(root, tmp_path, capsys):
     from zoo.record.verify import verify
 
@@ -297,6 +299,7 @@ def test_command_line_prunes_measures_and_describes_a_checkpoint(root, tmp_path,
     assert torch.equal(load_file(paths[2])["logits"], wanted)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_blocks(root, monkeypatch):
     short = ["--baselines", "none", "--densities", "1", "--seeds", "1"]
     main(flags(root, "whole", *short, "--export", "dense"))
@@ -310,6 +313,7 @@ def test_a_killed_run_resumes_to_the_same_blocks(root, monkeypatch):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_tiny_base_is_trained_and_kept_beside_the_checkpoint(root, monkeypatch):
     monkeypatch.setattr("recipes.lpvit.TINY_SCHEDULE", replace(TINY_SCHEDULE, epochs=2, warmup_epochs=1))
     monkeypatch.setattr(
@@ -324,6 +328,7 @@ def test_the_tiny_base_is_trained_and_kept_beside_the_checkpoint(root, monkeypat
     assert any("anew for every seed" in note for note in report["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -381,6 +381,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_costs_are_those_of_the_real_network(family):
     torch.manual_seed(0)
@@ -401,6 +402,7 @@ def test_costs_are_those_of_the_real_network(family):
     assert loss.isfinite() and all(parameter.grad is not None for parameter in small.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cropping_keeps_the_scale_of_the_initialisation(family):
     dense = initialised(FAMILIES[family](), 0)
@@ -423,6 +425,7 @@ def test_cropping_keeps_the_scale_of_the_initialisation(family):
 # ------------------------------------------------------------------------------------------------------ what is learnt
 
 
+@pytest.mark.slow
 def test_densities_of_synexp_beat_uniform_ones_at_2_percent():
     accuracy = {"synexp": [], "uniform": []}
     for seed in (0, 1):
@@ -468,6 +471,7 @@ def plan(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_widths_are_the_same_in_another_process_with_more_threads(capsys, images):
     here = plan(capsys, "--dataset", images)
     command = [sys.executable, "-m", "recipes", *PLAN, "--dataset", images]
@@ -477,6 +481,7 @@ def test_widths_are_the_same_in_another_process_with_more_threads(capsys, images
     assert there.stdout == here and "stages.2.layers.0.layer.0" in here
 
 
+@pytest.mark.slow
 def test_every_source_gives_the_same_widths_again_within_budgets(images, tmp_path):
     for source in ("synflow", "snip", "grasp", "magnitude", "erk", "uniform"):
         flags = ["--model", "resnet-8", "--dataset", images, "--source", source, "--score_rounds", "5"]
@@ -513,6 +518,7 @@ def run(images: str, output: Path, *arguments: str) -> None:
     main(["precropping", "--dataset", images, "--output", str(output), *tiny, *arguments])
 
 
+@pytest.mark.slow
 def test_baselines_have_the_same_weights_and_macs(images, tmp_path):
     flags = ["--model", "resnet-14", "--dataset", images, "--output", str(tmp_path / "out"), "--score_rounds", "5"]
     recipe = parse("precropping", flags)
@@ -552,6 +558,7 @@ print(model.config.id2label[logits.argmax().item()])
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_a_small_dense_checkpoint(images, tmp_path):
     output = tmp_path / "out"
     chosen = ["width-params", "same-p-mask"]
@@ -586,6 +593,7 @@ def test_the_command_line_makes_a_small_dense_checkpoint(images, tmp_path):
     assert process.stdout.split()[-1] in ("red", "green", "blue")
 
 
+@pytest.mark.slow
 def test_init_crop_a_kept_trunk_and_a_sweep_run(images, tmp_path):
     arguments = ["--seeds", "1", "--epochs", "1", "--baselines", "none", "--sweep", "0.6"]
     run(images, tmp_path / "out", *arguments, "--init", "crop", "--trunk", "keep", "--source", "uniform")
@@ -602,6 +610,7 @@ def test_preconfig_widens_what_the_budgets_allow(capsys, images):
     assert float(lines.split("weights")[1].split()[2]) <= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

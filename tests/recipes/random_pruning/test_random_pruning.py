@@ -39,6 +39,8 @@ from zoo.errors import UserError
 from zoo.models.resnet import SlimResNetForImageClassification, cifar_resnet_config
 from zoo.models.vgg import SlimVGGForImageClassification, cifar_vgg_config
 
+pytestmark = pytest.mark.slow
+
 SIDE = 12
 train = partial(training.train, loss=Classification.training_loss, score=Classification.score)
 

@@ -182,6 +182,7 @@ def test_gradients_in_half_precision_are_rounded_once(dtype):
         assert leaf.grad.dtype == dtype
 
 
+@pytest.mark.slow
 def test_operator_contracts_and_compilation_without_a_graph_break():
     _, packed, bias = example(40, 48, (16, 8))
     x = torch.randn(3, 48, requires_grad=True)

@@ -71,6 +71,7 @@ def works(lib):
 # ------------------------------------------------------------------------------------------------------------ building
 
 
+@pytest.mark.slow
 def test_three_first_users_at_once_build_one_library(tmp_path):
     environment = os.environ | {"SLIMZOO_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -142,6 +142,7 @@ def test_packing_is_the_identity_and_bits_are_little_endian():
         pack_bitmask(weight, per_row=4)
 
 
+@pytest.mark.slow
 def test_gradient_by_x_and_operator_contracts():
     x, (values, mask, _), bias = example(3, 16, 32, torch.float32)
     wrap_in, wrap_out = torch.randn(4, 8, 8), torch.randn(2, 8, 8)

@@ -120,6 +120,7 @@ def test_numbers_that_are_not_finite_spread_as_in_a_dense_layer(value):
     assert y[[0, 2]].isfinite().all() and not y[1].isfinite().any()
 
 
+@pytest.mark.slow
 def test_gradient_compile_and_operator_contracts():
     g = torch.Generator().manual_seed(0)
     _, packed = weights(16, 64, 3, 32, "integer", torch.float32, g)

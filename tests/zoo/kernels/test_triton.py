@@ -155,6 +155,7 @@ def same(ours, definition, name):
     assert torch.equal(ours, definition), f"{name}: off by {(ours.float() - definition.float()).abs().max()}"
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_their_definitions():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)

@@ -294,6 +294,7 @@ def test_masks_are_random_two_seeds_and_two_layers_overlap_by_chance():
     assert torch.equal(drawn[0, 0], random_mask(0, 0, count, kept))
 
 
+@pytest.mark.slow
 def test_masks_are_alike_in_other_processes_and_thread_counts():
     code = (
         "import sys, json, torch; torch.set_num_threads(int(sys.argv[1]));"

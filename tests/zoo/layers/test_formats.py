@@ -251,6 +251,7 @@ def test_a_new_format_packs_writes_loads_verifies_and_unpacks(tmp_path, monkeypa
     assert next(check_layers(folder, {"layers": rows})) == f"{rows[0]['name']}.codes hold more than 100 levels."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["armor", "2:4", "ragged", (3, 8)])
 def test_a_folder_gives_the_dense_model_back(tmp_path, kind):
     made = Packing(make_base(tmp_path / "base"), kind)

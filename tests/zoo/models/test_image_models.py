@@ -202,6 +202,7 @@ print("SAME")
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_without_and_with_slimzoo(tmp_path):
     folders = []
     for name in ("cifar", "mobilenet"):

@@ -86,6 +86,7 @@ def succeed(process):
     return process.stdout
 
 
+@pytest.mark.slow
 def test_publish_then_load_by_tag_in_a_fresh_process(hub, client, checkpoint):
     url = succeed(client(PUBLISH, checkpoint, "org/name", "v1")).strip()
     assert url.startswith(hub.url) and hub.repositories["org/name"].tags["v1"] == url.rpartition("/")[2]
@@ -97,6 +98,7 @@ def test_publish_then_load_by_tag_in_a_fresh_process(hub, client, checkpoint):
         torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.slow
 def test_an_interrupted_publish_is_finished_by_the_next_one(hub, client, checkpoint):
     hub.refuse_commits = True
     first = client(PUBLISH, checkpoint, "org/name")
@@ -111,6 +113,7 @@ def test_an_interrupted_publish_is_finished_by_the_next_one(hub, client, checkpo
     assert len([path for method, path in hub.requests if path.startswith("/store/")]) == stored, "sent again"
 
 
+@pytest.mark.slow
 @only_lfs
 def test_a_tag_is_never_moved(hub, client, checkpoint, tmp_path):
     succeed(client(PUBLISH, checkpoint, "org/name", "v1"))
@@ -122,6 +125,7 @@ def test_a_tag_is_never_moved(hub, client, checkpoint, tmp_path):
     assert refused.returncode == 1 and "on another commit" in refused.stderr
 
 
+@pytest.mark.slow
 @only_lfs
 def test_refusals_create_nothing(hub, client, checkpoint, tmp_path):
     incomplete = tmp_path / "incomplete"

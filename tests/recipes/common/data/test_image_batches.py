@@ -84,6 +84,7 @@ def test_large_images_are_resized_by_their_shorter_side_and_cropped_in_the_centr
     assert np.array_equal((images.pixels([1])[0] * 255).round().byte().permute(1, 2, 0).numpy(), expected)
 
 
+@pytest.mark.slow
 def test_small_images_are_their_own_pixels(data, processor):
     images = ImageTensors(data.test, processor)
     expected = np.stack([np.asarray(image) for image in data.test.select(range(5))["image"]]) / 255

@@ -63,12 +63,14 @@ def packaged(request) -> tuple[str, ImageData, dict[str, list[bytes]]]:
 # ------------------------------------------------------------------------------------------------------------- packaged
 
 
+@pytest.mark.slow
 def test_packaged_splits_are_pinned_and_share_no_image(packaged):
     name, data, hashes = packaged
     assert {split: digest(getattr(data, split), hashes[split]) for split in SPLITS} == PINNED[name]
     assert len(set().union(*hashes.values())) == sum(map(len, hashes.values()))
 
 
+@pytest.mark.slow
 def test_processes_that_fill_an_empty_cache_at_once_get_the_same_images(tmp_path, monkeypatch):
     program = textwrap.dedent(f"""
         import hashlib, pathlib
@@ -91,6 +93,7 @@ def test_processes_that_fill_an_empty_cache_at_once_get_the_same_images(tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_cifar10_is_the_test_set_in_a_split_of_our_own():
     data = load_images("cifar10")
     assert "test images" in data.name and "own 7000/1000/2000 split" in data.name  # not to be taken for the real one

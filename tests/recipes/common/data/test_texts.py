@@ -101,6 +101,7 @@ def test_impossible_numbers_are_refused(count, seqlen):
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sha256", "size", "tokens"),
     [
@@ -140,6 +141,7 @@ def test_sentences_would_notice_an_overlap():
     assert shared not in load_text("wikipedia").text
 
 
+@pytest.mark.slow
 def test_texts_hold_whole_clean_documents():
     squad = load_text("A").text.split("\n\n")
     assert len(squad) == len(set(squad)) and squad[0].startswith("Super Bowl 50 was an American football game")

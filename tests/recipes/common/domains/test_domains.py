@@ -33,6 +33,7 @@ def language(tmp_path_factory):
     return parse("armor", [*flags, "--eval_seqlen", "64", "--eval_windows", "2"]).domain()
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_what_perplexity_is_made_of(language):
     model = language.load(language.base.path)
     for name, metric in language.metrics(model).items():
@@ -42,6 +43,7 @@ def test_the_loss_of_a_batch_is_what_perplexity_is_made_of(language):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_domain_needs_settings_alone(language):
     """`verify` has those of a report, and the tokenizer of the folder, but no base model that it could reach."""
     gone = Language(language.settings | {"model": "org/gone"})
@@ -75,6 +77,7 @@ def test_a_model_is_compared_with_the_dense_one(language, tmp_path):
     assert language.data_rows(found) == language.data_rows(language.metrics(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -93,6 +96,7 @@ def test_what_is_impossible_is_said_at_once(language, changes, said, tmp_path, m
         Language(language.settings | changes).check()
 
 
+@pytest.mark.slow
 def test_it_calibrates_on_chats_as_the_model_speaks_them(language, tmp_path):
     chats = [[{"role": "user", "content": f"number {i}?"}, {"role": "assistant", "content": str(i)}] for i in range(99)]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))

@@ -34,6 +34,7 @@ def packed(tmp_path, family, kind="armor"):
     return tmp_path / "packed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"), [("llama", "armor"), ("qwen2", "2:4"), ("llama", "ragged"), ("gemma3_text", "armor")]
 )
@@ -47,6 +48,7 @@ def test_dense_export_is_a_stock_folder(tmp_path, family, kind, monkeypatch):
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(folder), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize(("kind", "tolerance"), [("F16", 2e-3), ("Q8_0", 3e-2)])
 def test_gguf_gives_the_logits(tmp_path, family, kind, tolerance):
@@ -57,6 +59,7 @@ def test_gguf_gives_the_logits(tmp_path, family, kind, tolerance):
     assert (back - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "bits"), [("llama", (4, 3)), ("qwen2", (5, 2)), ("llama", (8, 6))])
 def test_packed_bits_keep_their_codes_in_gguf(tmp_path, family, bits):
     folder = packed(tmp_path, family, bits)
@@ -70,6 +73,7 @@ def test_packed_bits_keep_their_codes_in_gguf(tmp_path, family, bits):
     assert types["token_embd.weight"] == "F16" and types["blk.0.attn_norm.weight"] == "F32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "type_name"), [(4, "Q4_1"), (8, "Q8_0")])
 def test_a_packed_head_of_tied_embeddings_is_exported(tmp_path, bits, type_name):
     packing = Packing(make_base(tmp_path / "base", "llama"), (4,), head_bits=bits)
@@ -105,6 +109,7 @@ def unpack_words(words, bits, n):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_compressed_tensors_hold_the_same_codes(tmp_path, bits):
     folder = packed(tmp_path, "qwen2", (bits, 4))
@@ -139,6 +144,7 @@ def test_compressed_tensors_refuses_what_it_cannot_hold(tmp_path):
     assert not (tmp_path / "ct").exists()
 
 
+@pytest.mark.slow
 def test_the_real_base_survives_gguf(tmp_path):
     """SmolLM2: grouped queries, tied embeddings, a real tokenizer."""
     base = resolve_model("smollm2-135m-instruct")

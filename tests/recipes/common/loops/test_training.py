@@ -248,6 +248,7 @@ save_file(model.state_dict(), f"{sys.argv[1]}-{PartialState().process_index}.saf
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_model_as_one(tmp_path):
     """Without batch statistics and augmentation, gradients of half batches average to those of whole ones."""
     from safetensors.torch import load_file

@@ -242,6 +242,7 @@ def accuracy(model, images, attack, epsilon):
     return survives(model, images, attack, epsilon=epsilon).double().mean().item()
 
 
+@pytest.mark.slow
 def test_an_attack_of_no_strength_gives_clean_accuracy(model, test_images):
     clean = correct(predict(model, test_images), test_images.labels)
     assert 0.6 < clean.double().mean() < 1

@@ -140,6 +140,7 @@ def smollm2():
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_smollm2_reads_english_and_not_shuffled_english(smollm2):
     model, tokenizer = smollm2
     windows = evaluation_windows(load_text("A"), tokenizer, 256, 3)
@@ -198,6 +199,7 @@ def by_hand(model, tokenizer, task: str, limit: int) -> list[bool]:
     return hits
 
 
+@pytest.mark.slow
 def test_task_scores_are_those_computed_by_hand(smollm2):
     _, tokenizer = smollm2
     model = tiny_llama(len(tokenizer)).eval()
@@ -211,6 +213,7 @@ def test_task_scores_are_those_computed_by_hand(smollm2):
         assert (entry["n"], entry["n_of"], entry["unit"], entry["higher_is_better"]) == (30, "items", "fraction", True)
 
 
+@pytest.mark.slow
 def test_smollm2_is_better_than_chance_at_similarities(smollm2):
     model, tokenizer = smollm2
     entry = run_tasks(model, tokenizer, ["similarities_abstraction"], limit=40)["acc/similarities_abstraction"]
@@ -241,6 +244,7 @@ def test_results_of_groups_and_filters_become_metrics():
     }
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_told_with_those_there_are(smollm2):
     with pytest.raises(
         UserError, match="--tasks step_inferense: no such task; there are step_inference, goal_inference"

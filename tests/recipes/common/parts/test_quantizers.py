@@ -144,6 +144,7 @@ def test_gptq_in_the_order_of_the_inputs_keeps_the_stored_groups(group, symmetri
     assert torch.equal(gptq(weight, alike, 3, group, symmetric, torch.bfloat16, act_order=True).codes, plain.codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_at_full_strength_loses_less(bits):
     """Where a few inputs are much larger than the others, as in language models; the mean of five problems."""

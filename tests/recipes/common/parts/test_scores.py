@@ -160,6 +160,7 @@ def test_synflow_empties_no_layer_and_keeps_its_budget():
     assert any(not torch.equal(masks[name], one_round[name]) for name in masks)
 
 
+@pytest.mark.slow
 def test_synflow_costs_what_the_paper_says_of_resnet_34(resnet_34):
     """10.91 M parameters kept cost 2.78 G MACs (Table 1); here 10 of the rounds, of which 20 give 2.783 G."""
     weights = sum(weight.numel() for weight in prunable_weights(resnet_34).values())
